@@ -1,0 +1,373 @@
+"""The manifest: a columnar index over all packs of one step, itself a safetensors file.
+
+Columns over fragments are sorted by tensor (then by box offset); what is said once per tensor, per pack or per
+checkpoint stands in a JSON header. Parsing checks every number that a reader will trust: a manifest that came
+through `parse_manifest` cannot point outside its packs or outside a tensor's shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as st_load
+from safetensors.numpy import save as st_save
+
+from ckpt.errors import FormatError, NotFoundError
+from ckpt.format.codec import BLOCK, Codec, crc32c
+from ckpt.format.dtypes import dtype
+from ckpt.format.fragment import Box, disjoint
+from ckpt.format.pack import ALIGN, MAX_HEADER, TensorSpec
+
+__all__ = ["VERSION", "Manifest", "ObjectEntry", "Packs", "build_manifest", "dump_manifest", "parse_manifest"]
+
+VERSION = 1
+_ATTEMPT = re.compile(r"a(0|[1-9][0-9]{0,8})")
+_NO_CODEC = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEntry:
+    """A stored value that is not a tensor.
+
+    `scope` is "replicated", or names one holder ("rank=3", "dp=1,tp=0"). `encoding` is "json" or "pickle"
+    (base64 text); `value` is the text.
+    """
+
+    name: str
+    scope: str
+    encoding: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """One row a pack. `writer` names it: a pack is `<attempt>/rank-<writer>.safetensors`. Bytes, from file start."""
+
+    writer: npt.NDArray[np.uint32]
+    size: npt.NDArray[np.uint64]
+    data_start: npt.NDArray[np.uint64]
+    header_crc: npt.NDArray[np.uint32]
+    table_offset: npt.NDArray[np.uint64]
+    blocks: npt.NDArray[np.uint32]
+    entry: npt.NDArray[np.uint8]
+    table_crc: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.writer)
+
+
+_PACK_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("writer", "<u4"),
+    ("size", "<u8"),
+    ("data_start", "<u8"),
+    ("header_crc", "<u4"),
+    ("table_offset", "<u8"),
+    ("blocks", "<u4"),
+    ("entry", "|u1"),
+    ("table_crc", "<u4"),
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The index of one checkpoint.
+
+    Fragment columns, one row a fragment, rows of tensor t at `start[t]:start[t+1]`:
+    `pack` (row of `packs`), `offset` and `length` (bytes in the pack's file, as stored), `block` (number of its
+    first block in the pack), `box` (offset then extent of each dimension, all rows of all tensors flattened),
+    `codec` (0 for raw, else 1 + index into `codecs`).
+    """
+
+    step: int
+    generation: int
+    attempt: str
+    world: int
+    tensors: tuple[TensorSpec, ...]
+    objects: tuple[ObjectEntry, ...]
+    codecs: tuple[Codec, ...]
+    packs: Packs
+    start: npt.NDArray[np.int64]
+    pack: npt.NDArray[np.uint32]
+    offset: npt.NDArray[np.uint64]
+    length: npt.NDArray[np.uint64]
+    block: npt.NDArray[np.uint32]
+    box: npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
+    codec: npt.NDArray[np.uint8] | None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def by_key(self) -> dict[str, int]:
+        """Tensor key -> its index."""
+        return {t.key: i for i, t in enumerate(self.tensors)}
+
+    @cached_property
+    def box_start(self) -> npt.NDArray[np.int64]:
+        """Where the boxes of tensor t begin in `box`; one entry more than there are tensors."""
+        width = np.array([2 * len(t.shape) for t in self.tensors], dtype=np.int64)
+        return np.concatenate(([0], np.cumsum(np.diff(self.start) * width))).astype(np.int64)
+
+    @cached_property
+    def has_variants(self) -> dict[str, list[str]]:
+        """Tensor name -> its variants, for those that have any."""
+        out: dict[str, list[str]] = {}
+        for t in self.tensors:
+            if t.variant:
+                out.setdefault(t.name, []).append(t.variant)
+        return out
+
+    def index(self, key: str) -> int:
+        """The index of a tensor by key, aliases resolved. Raises NotFoundError."""
+        found = self.by_key.get(self.aliases.get(key, key))
+        if found is None:
+            raise NotFoundError(f"no tensor {key!r} in this checkpoint; `ckpt inspect` lists them")
+        return found
+
+    def boxes(self, t: int) -> npt.NDArray[np.int64]:
+        """int64 (fragments of t, 2, ndim): offsets and extents."""
+        ndim = len(self.tensors[t].shape)
+        raw = self.box[self.box_start[t] : self.box_start[t + 1]].astype(np.int64)
+        return raw.reshape(int(self.start[t + 1] - self.start[t]), 2, ndim)
+
+    def pack_path(self, p: int) -> str:
+        """Path of a pack, relative to the step's folder."""
+        return f"{self.attempt}/rank-{int(self.packs.writer[p]):05d}.safetensors"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, before coding."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def check_coverage(self, t: int) -> None:
+        """Raises FormatError unless the fragments of tensor t tile it exactly."""
+        spec, boxes = self.tensors[t], self.boxes(t)
+        total = sum(math.prod(row) for row in boxes[:, 1].tolist())
+        clash = disjoint(boxes[:, 0], boxes[:, 1])
+        if clash is not None:
+            raise FormatError(f"tensor {spec.key!r}: fragments {clash[0]} and {clash[1]} overlap; the manifest is damaged")
+        if total != math.prod(spec.shape):
+            raise FormatError(f"tensor {spec.key!r}: fragments hold {total} of {math.prod(spec.shape)} elements")
+
+
+def build_manifest(
+    *,
+    step: int,
+    generation: int,
+    attempt: str,
+    world: int,
+    tensors: Sequence[TensorSpec],
+    objects: Sequence[ObjectEntry],
+    codecs: Sequence[Codec],
+    packs: Packs,
+    aliases: Mapping[str, str],
+    tensor: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int64],
+    pack: npt.NDArray[np.int64],
+    offset: npt.NDArray[np.uint64],
+    length: npt.NDArray[np.uint64],
+    block: npt.NDArray[np.uint32],
+    codec: npt.NDArray[np.uint8] | None,
+) -> Manifest:
+    """Sorts fragments in any order into the manifest's. `boxes` is int64 (n, 2, D), zero-padded to D dimensions."""
+    keys = [boxes[:, 0, d] for d in reversed(range(boxes.shape[2]))]
+    order = np.lexsort([*keys, tensor])
+    tensor, boxes = tensor[order], boxes[order]
+    start = np.searchsorted(tensor, np.arange(len(tensors) + 1)).astype(np.int64)
+    ndim = np.array([len(t.shape) for t in tensors], dtype=np.int64)
+    used = np.arange(boxes.shape[2])[None, None, :] < ndim[tensor][:, None, None]
+    flat = boxes[np.broadcast_to(used, boxes.shape)]
+    wide = any(d > 0xFFFFFFFF for t in tensors for d in t.shape)
+    return Manifest(
+        step=step,
+        generation=generation,
+        attempt=attempt,
+        world=world,
+        tensors=tuple(tensors),
+        objects=tuple(objects),
+        codecs=tuple(codecs),
+        packs=packs,
+        start=start,
+        pack=pack[order].astype(np.uint32),
+        offset=offset[order].astype(np.uint64),
+        length=length[order].astype(np.uint64),
+        block=block[order].astype(np.uint32),
+        box=flat.astype(np.uint64 if wide else np.uint32),
+        codec=None if codec is None or not codec.any() else codec[order].astype(np.uint8),
+        aliases=dict(aliases),
+    )
+
+
+def dump_manifest(m: Manifest) -> bytes:
+    """The bytes of a manifest; the same for the same content."""
+    header = {
+        "format": "ckpt-manifest",
+        "version": VERSION,
+        "block": BLOCK,
+        "step": m.step,
+        "generation": m.generation,
+        "attempt": m.attempt,
+        "world": m.world,
+        "tensors": [[t.name, t.dtype, list(t.shape), t.variant, t.layout] for t in m.tensors],
+        "aliases": dict(sorted(m.aliases.items())),
+        "objects": [[o.name, o.scope, o.encoding, o.value] for o in m.objects],
+        "codecs": [c.config for c in m.codecs],
+    }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    columns: dict[str, npt.NDArray[Any]] = {
+        "header": np.frombuffer(text, dtype=np.uint8),
+        "start": m.start,
+        "pack": m.pack,
+        "offset": m.offset,
+        "length": m.length,
+        "block": m.block,
+        "box": m.box,
+    }
+    if m.codec is not None:
+        columns["codec"] = m.codec
+    for name, _ in _PACK_COLUMNS:
+        columns[f"pack.{name}"] = getattr(m.packs, name)
+    return st_save(columns, metadata={"ckpt": str(VERSION)})
+
+
+def parse_manifest(data: bytes, where: str = "manifest") -> Manifest:
+    """Reads and checks a manifest. Raises FormatError for anything a reader could not rely on."""
+    try:
+        return _parse(data)
+    except FormatError as e:
+        raise FormatError(f"{where}: {e}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as e:
+        raise FormatError(f"{where}: not a readable manifest ({type(e).__name__}: {e})") from None
+
+
+def _parse(data: bytes) -> Manifest:
+    if len(data) < 8 or int.from_bytes(data[:8], "little") > min(len(data), MAX_HEADER):
+        raise FormatError("truncated or not a safetensors file")
+    columns = st_load(data)
+    header = json.loads(_column(columns, "header", "|u1").tobytes())
+    _need(isinstance(header, dict) and header.get("format") == "ckpt-manifest", "not a ckpt manifest")
+    version = header.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise FormatError(f"written in format version {version}, this ckpt reads up to {VERSION}; upgrade ckpt-universal")
+    _need(header["block"] == BLOCK, f"block size {header['block']!r}")
+    _need(isinstance(header["attempt"], str) and _ATTEMPT.fullmatch(header["attempt"]) is not None, "attempt name")
+    tensors = tuple(_tensor(row) for row in header["tensors"])
+    objects = tuple(_object(row) for row in header["objects"])
+    aliases = header["aliases"]
+    _need(isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()), "aliases")
+    packs = Packs(**{name: _column(columns, f"pack.{name}", kind) for name, kind in _PACK_COLUMNS})
+    box = columns["box"]
+    _need(box.ndim == 1 and box.dtype in (np.dtype("<u4"), np.dtype("<u8")), "box column")
+    m = Manifest(
+        step=_int(header["step"]),
+        generation=_int(header["generation"]),
+        attempt=header["attempt"],
+        world=_int(header["world"]),
+        tensors=tensors,
+        objects=objects,
+        codecs=tuple(Codec.from_manifest(c) for c in header["codecs"]),
+        packs=packs,
+        start=_column(columns, "start", "<i8"),
+        pack=_column(columns, "pack", "<u4"),
+        offset=_column(columns, "offset", "<u8"),
+        length=_column(columns, "length", "<u8"),
+        block=_column(columns, "block", "<u4"),
+        box=box,
+        codec=_column(columns, "codec", "|u1") if "codec" in columns else None,
+        aliases=aliases,
+    )
+    _check_packs(m)
+    _check_rows(m)
+    return m
+
+
+def _need(ok: object, what: str) -> None:
+    if not ok:
+        raise FormatError(f"damaged or hostile: {what}")
+
+
+def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, kind: str) -> npt.NDArray[Any]:
+    column = columns[name]
+    _need(column.ndim == 1 and column.dtype == np.dtype(kind), f"column {name!r}")
+    return column
+
+
+def _int(value: object) -> int:
+    _need(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62, f"number {value!r}")
+    assert isinstance(value, int)
+    return value
+
+
+def _tensor(row: Sequence[Any]) -> TensorSpec:
+    name, kind, shape, variant, layout = row
+    _need(isinstance(name, str) and isinstance(variant, str) and isinstance(layout, str), "tensor entry")
+    size = dtype(kind).itemsize
+    for d in shape:
+        size *= max(1, _int(d))
+    _need(len(shape) <= 64 and size < 2**62, f"shape of {name[:200]!r}")
+    return TensorSpec(name, kind, tuple(shape), variant, layout)
+
+
+def _object(row: Sequence[Any]) -> ObjectEntry:
+    entry = ObjectEntry(*row)
+    _need(all(isinstance(getattr(entry, f), str) for f in ("name", "scope", "encoding", "value")), "object entry")
+    _need(entry.encoding in ("json", "pickle"), f"encoding of object {entry.name[:200]!r}")
+    return entry
+
+
+def _check_packs(m: Manifest) -> None:
+    p = m.packs
+    _need(len({len(getattr(p, name)) for name, _ in _PACK_COLUMNS}) == 1, "pack columns differ in length")
+    _need(len(np.unique(p.writer)) == len(p), "two packs of one writer")
+    limit = np.uint64(2**62)
+    _need((p.size < limit).all() and (p.table_offset <= p.size).all(), "pack size")
+    _need(((p.entry == 4) | (p.entry == 8)).all(), "block table entry size")
+    _need((p.data_start >= ALIGN).all() and (p.data_start <= p.table_offset).all(), "pack data start")
+    _need((p.data_start <= MAX_HEADER + 2 * ALIGN).all() and (p.data_start % ALIGN == 0).all(), "pack header size")
+    table = p.blocks.astype(np.uint64) * p.entry
+    _need((p.size - p.table_offset == table).all(), "block table size")
+
+
+def _check_rows(m: Manifest) -> None:
+    n, t = len(m.pack), len(m.tensors)
+    _need(len(m.by_key) == t, "two tensors of one name")
+    _need(all(len(c) == n for c in (m.offset, m.length, m.block)) and (m.codec is None or len(m.codec) == n), "column lengths")
+    _need(len(m.start) == t + 1 and m.start[0] == 0 and m.start[-1] == n and (np.diff(m.start) >= 0).all(), "row index")
+    _need(len(m.box) == m.box_start[-1], "box column length")
+    if m.codec is not None:
+        _need((m.codec <= len(m.codecs)).all(), "codec index")
+    if not n:
+        return
+    _need((m.pack < len(m.packs)).all(), "pack index")
+    end = m.packs.table_offset[m.pack]
+    _need((m.offset >= m.packs.data_start[m.pack]).all() and (m.offset <= end).all(), "fragment offset")
+    _need((m.length <= end - m.offset).all(), "fragment length")
+    raw = np.concatenate([_fragment_bytes(m, i) for i in range(t)]) if t else np.empty(0, np.int64)
+    plain = slice(None) if m.codec is None else m.codec == _NO_CODEC
+    _need((m.length[plain].astype(np.int64) == raw[plain]).all(), "fragment length differs from its box")
+    blocks = -(-raw // BLOCK)
+    _need((m.block.astype(np.int64) + blocks <= m.packs.blocks[m.pack].astype(np.int64)).all(), "block number")
+    if m.codec is not None:
+        coded = m.codec != _NO_CODEC
+        _need((m.packs.entry[m.pack[coded]] == 8).all(), "coded fragment in a pack without stored lengths")
+
+
+def _fragment_bytes(m: Manifest, t: int) -> npt.NDArray[np.int64]:
+    """Raw bytes of each fragment of tensor t, its boxes checked against the shape."""
+    spec = m.tensors[t]
+    ndim = len(spec.shape)
+    raw = m.box[m.box_start[t] : m.box_start[t + 1]].reshape(-1, 2, ndim) if ndim else None
+    if raw is None:
+        return np.full(int(m.start[t + 1] - m.start[t]), dtype(spec.dtype).itemsize, dtype=np.int64)
+    shape = np.array(spec.shape, dtype=raw.dtype)
+    inside = (raw[:, 0] <= shape).all() and (raw[:, 1] <= shape - np.minimum(raw[:, 0], shape)).all()
+    _need(inside, f"a box of {spec.key[:200]!r} lies outside its shape")
+    # Boxes are inside the shape, whose bytes were checked to stay below 2**62: the product cannot overflow.
+    return np.prod(raw[:, 1].astype(np.int64), axis=1) * dtype(spec.dtype).itemsize
