@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numcodecs
 from crc32c import crc32c as _crc32c
 
 from ckpt.errors import FormatError, UsageError
@@ -17,6 +16,12 @@ __all__ = ["BLOCK", "Codec", "CodecRule", "choose_codec", "crc32c", "n_blocks", 
 
 BLOCK = 256 * 1024
 """Bytes of a fragment under one checksum, counted from the fragment's own start; the last one may be shorter."""
+
+
+def _numcodecs() -> Any:
+    import numcodecs  # a tenth of a second that listing a run need not pay
+
+    return numcodecs
 
 
 def crc32c(data: Any, value: int = 0) -> int:
@@ -43,10 +48,12 @@ class Codec:
         """
         config = {"id": spec} if isinstance(spec, str) else dict(spec)
         try:
-            full = numcodecs.get_codec(dict(config)).get_config()
+            full = _numcodecs().get_codec(dict(config)).get_config()
             return Codec(json.dumps(full, sort_keys=True))
         except Exception as e:
-            raise UsageError(f"codec {spec!r}: numcodecs cannot make it ({e}); name one it knows, such as 'zstd'") from e
+            raise UsageError(
+                f"codec {spec!r}: numcodecs cannot make it ({e}); name one it knows, such as 'zstd'"
+            ) from e
 
     @staticmethod
     def from_manifest(config: str) -> Codec:
@@ -55,17 +62,18 @@ class Codec:
             parsed = json.loads(config)
             if not isinstance(parsed, dict) or parsed.get("id") not in _BYTES_TO_BYTES:
                 raise ValueError("not a bytes-to-bytes codec of this version")
-            numcodecs.get_codec(dict(parsed))
+            _numcodecs().get_codec(dict(parsed))
         except Exception as e:
             raise FormatError(f"codec {config[:200]!r} of this checkpoint cannot be used here: {e}") from e
         return Codec(config)
 
     def make(self) -> Any:
         """A numcodecs codec; not shared between threads."""
-        return numcodecs.get_codec(json.loads(self.config))
+        return _numcodecs().get_codec(json.loads(self.config))
 
 
-_BYTES_TO_BYTES = frozenset({"zstd", "lz4", "zlib", "gzip", "bz2", "lzma", "blosc"})
+_BYTES_TO_BYTES = frozenset({"zstd", "lz4", "blosc"})
+# Those that decode into a given buffer: a hostile block cannot make them allocate.
 
 CodecRule = Mapping[str, str | Mapping[str, Any]]
 

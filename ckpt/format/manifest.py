@@ -22,9 +22,9 @@ from safetensors.numpy import load as st_load
 from safetensors.numpy import save as st_save
 
 from ckpt.errors import FormatError, NotFoundError
-from ckpt.format.codec import BLOCK, Codec, crc32c
+from ckpt.format.codec import BLOCK, Codec
 from ckpt.format.dtypes import dtype
-from ckpt.format.fragment import Box, disjoint
+from ckpt.format.fragment import tiles
 from ckpt.format.pack import ALIGN, MAX_HEADER, TensorSpec
 
 __all__ = ["VERSION", "Manifest", "ObjectEntry", "Packs", "build_manifest", "dump_manifest", "parse_manifest"]
@@ -150,11 +150,10 @@ class Manifest:
         """Raises FormatError unless the fragments of tensor t tile it exactly."""
         spec, boxes = self.tensors[t], self.boxes(t)
         total = sum(math.prod(row) for row in boxes[:, 1].tolist())
-        clash = disjoint(boxes[:, 0], boxes[:, 1])
-        if clash is not None:
-            raise FormatError(f"tensor {spec.key!r}: fragments {clash[0]} and {clash[1]} overlap; the manifest is damaged")
         if total != math.prod(spec.shape):
             raise FormatError(f"tensor {spec.key!r}: fragments hold {total} of {math.prod(spec.shape)} elements")
+        if not tiles(spec.shape, boxes[:, 0], boxes[:, 1]):
+            raise FormatError(f"tensor {spec.key!r}: fragments overlap and leave holes; the manifest is damaged")
 
 
 def build_manifest(
@@ -199,7 +198,7 @@ def build_manifest(
         offset=offset[order].astype(np.uint64),
         length=length[order].astype(np.uint64),
         block=block[order].astype(np.uint32),
-        box=flat.astype(np.uint64 if wide else np.uint32),
+        box=flat.astype(np.uint64) if wide else flat.astype(np.uint32),
         codec=None if codec is None or not codec.any() else codec[order].astype(np.uint8),
         aliases=dict(aliases),
     )
@@ -234,7 +233,8 @@ def dump_manifest(m: Manifest) -> bytes:
         columns["codec"] = m.codec
     for name, _ in _PACK_COLUMNS:
         columns[f"pack.{name}"] = getattr(m.packs, name)
-    return st_save(columns, metadata={"ckpt": str(VERSION)})
+    dense = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    return bytes(st_save(dense, metadata={"ckpt": str(VERSION)}))
 
 
 def parse_manifest(data: bytes, where: str = "manifest") -> Manifest:
@@ -254,14 +254,18 @@ def _parse(data: bytes) -> Manifest:
     header = json.loads(_column(columns, "header", "|u1").tobytes())
     _need(isinstance(header, dict) and header.get("format") == "ckpt-manifest", "not a ckpt manifest")
     version = header.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise FormatError(f"written in format version {version}, this ckpt reads up to {VERSION}; upgrade ckpt-universal")
-    _need(header["block"] == BLOCK, f"block size {header['block']!r}")
+    _need(isinstance(version, int) and not isinstance(version, bool) and version > 0, f"version {version!r:.200}")
+    if version > VERSION:
+        raise FormatError(
+            f"written in format version {version}, this ckpt reads up to {VERSION}; upgrade ckpt-universal"
+        )
+    _need(header["block"] == BLOCK, f"block size {header['block']!r:.200}")
+    _need(all(isinstance(header[name], list) for name in ("tensors", "objects", "codecs")), "header lists")
     _need(isinstance(header["attempt"], str) and _ATTEMPT.fullmatch(header["attempt"]) is not None, "attempt name")
     tensors = tuple(_tensor(row) for row in header["tensors"])
     objects = tuple(_object(row) for row in header["objects"])
     aliases = header["aliases"]
-    _need(isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()), "aliases")
+    _need(isinstance(aliases, dict) and all(_text(v) for pair in aliases.items() for v in pair), "aliases")
     packs = Packs(**{name: _column(columns, f"pack.{name}", kind) for name, kind in _PACK_COLUMNS})
     box = columns["box"]
     _need(box.ndim == 1 and box.dtype in (np.dtype("<u4"), np.dtype("<u8")), "box column")
@@ -300,24 +304,30 @@ def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, kind: str) -> np
 
 
 def _int(value: object) -> int:
-    _need(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62, f"number {value!r}")
+    _need(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62, f"number {value!r:.200}")
     assert isinstance(value, int)
     return value
 
 
+def _text(value: object) -> bool:
+    """Whether it is text that can be written again: JSON escapes can also name half characters."""
+    return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+
+
 def _tensor(row: Sequence[Any]) -> TensorSpec:
     name, kind, shape, variant, layout = row
-    _need(isinstance(name, str) and isinstance(variant, str) and isinstance(layout, str), "tensor entry")
+    _need(_text(name) and _text(variant) and _text(layout), "tensor entry")
+    _need(isinstance(shape, list) and len(shape) <= 64, f"shape of {name[:200]!r}")
     size = dtype(kind).itemsize
     for d in shape:
         size *= max(1, _int(d))
-    _need(len(shape) <= 64 and size < 2**62, f"shape of {name[:200]!r}")
+    _need(size < 2**62, f"shape of {name[:200]!r}")
     return TensorSpec(name, kind, tuple(shape), variant, layout)
 
 
 def _object(row: Sequence[Any]) -> ObjectEntry:
     entry = ObjectEntry(*row)
-    _need(all(isinstance(getattr(entry, f), str) for f in ("name", "scope", "encoding", "value")), "object entry")
+    _need(all(_text(getattr(entry, f)) for f in ("name", "scope", "encoding", "value")), "object entry")
     _need(entry.encoding in ("json", "pickle"), f"encoding of object {entry.name[:200]!r}")
     return entry
 
@@ -338,8 +348,13 @@ def _check_packs(m: Manifest) -> None:
 def _check_rows(m: Manifest) -> None:
     n, t = len(m.pack), len(m.tensors)
     _need(len(m.by_key) == t, "two tensors of one name")
-    _need(all(len(c) == n for c in (m.offset, m.length, m.block)) and (m.codec is None or len(m.codec) == n), "column lengths")
-    _need(len(m.start) == t + 1 and m.start[0] == 0 and m.start[-1] == n and (np.diff(m.start) >= 0).all(), "row index")
+    _need(len({(o.name, o.scope) for o in m.objects}) == len(m.objects), "two objects of one name and scope")
+    _need(
+        all(len(c) == n for c in (m.offset, m.length, m.block)) and (m.codec is None or len(m.codec) == n),
+        "column lengths",
+    )
+    _need(len(m.start) == t + 1 and m.start[0] == 0 and m.start[-1] == n, "row index")
+    _need((m.start[1:] >= m.start[:-1]).all(), "row index")  # compared, not subtracted: a difference can overflow
     _need(len(m.box) == m.box_start[-1], "box column length")
     if m.codec is not None:
         _need((m.codec <= len(m.codecs)).all(), "codec index")
@@ -363,11 +378,12 @@ def _fragment_bytes(m: Manifest, t: int) -> npt.NDArray[np.int64]:
     """Raw bytes of each fragment of tensor t, its boxes checked against the shape."""
     spec = m.tensors[t]
     ndim = len(spec.shape)
-    raw = m.box[m.box_start[t] : m.box_start[t + 1]].reshape(-1, 2, ndim) if ndim else None
-    if raw is None:
+    if not ndim:
         return np.full(int(m.start[t + 1] - m.start[t]), dtype(spec.dtype).itemsize, dtype=np.int64)
-    shape = np.array(spec.shape, dtype=raw.dtype)
+    raw = m.box[m.box_start[t] : m.box_start[t + 1]].astype(np.uint64).reshape(-1, 2, ndim)
+    shape = np.array(spec.shape, dtype=np.uint64)
     inside = (raw[:, 0] <= shape).all() and (raw[:, 1] <= shape - np.minimum(raw[:, 0], shape)).all()
     _need(inside, f"a box of {spec.key[:200]!r} lies outside its shape")
     # Boxes are inside the shape, whose bytes were checked to stay below 2**62: the product cannot overflow.
-    return np.prod(raw[:, 1].astype(np.int64), axis=1) * dtype(spec.dtype).itemsize
+    nbytes: npt.NDArray[np.int64] = raw[:, 1].astype(np.int64).prod(axis=1) * dtype(spec.dtype).itemsize
+    return nbytes

@@ -1,11 +1,11 @@
 """The pack: one writer's fragments in one file, laid out once; a valid safetensors file.
 
-    0            u64 little-endian: length of the header
-    8            header: JSON, padded with spaces so that the data starts on a 4 KiB boundary
-    data_start   raw fragments, largest element first, so that each is aligned without holes;
-                 then coded fragments
-    table        last tensor, "ckpt.blocks": u32 CRC32C of each block, in file order; where the pack
-                 holds coded fragments, each followed by the block's stored length (u32)
+0            u64 little-endian: length of the header
+8            header: JSON, padded with spaces so that the data starts on a 4 KiB boundary
+data_start   raw fragments, largest element first, so that each is aligned without holes;
+             then coded fragments
+table        last tensor, "ckpt.blocks": u32 CRC32C of each block, in file order; where the pack
+             holds coded fragments, each followed by the block's stored length (u32)
 """
 
 from __future__ import annotations
@@ -118,7 +118,11 @@ def layout_pack(pieces: Sequence[Piece], stored: Sequence[int] | None = None) ->
     bound = [n if p.codec is None else n + n // 4 + 1024 * b for p, n, b in zip(ordered, raw, blocks, strict=True)]
     room = len(_header_json(ordered, bound, sum(blocks), entry))
     data_start = -(-(8 + room) // ALIGN) * ALIGN
-    starts = data_start + np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))) if lengths else np.array([data_start])
+    if data_start - 8 > MAX_HEADER:
+        raise FormatError(f"pack header of {len(ordered)} fragments exceeds {MAX_HEADER} bytes; use more writers")
+    starts = (
+        data_start + np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))) if lengths else np.array([data_start])
+    )
     table = int(starts[-1])
     total_blocks = sum(blocks)
     return PackLayout(

@@ -1,0 +1,94 @@
+"""ckpt: checkpoints for distributed PyTorch training.
+
+The public surface. Names are imported when they are first used, so that tools which only list or verify
+checkpoints do not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt import adapters
+    from ckpt.catalog import KeepBest, KeepEvery, KeepLast
+    from ckpt.checkpoint import Checkpoint
+    from ckpt.checkpoint import open_checkpoint as open
+    from ckpt.checkpointer import Checkpointer, load, save
+    from ckpt.config import Every
+    from ckpt.errors import (
+        CkptError,
+        ConflictError,
+        DeadlineError,
+        FormatError,
+        IntegrityError,
+        LayoutError,
+        MismatchError,
+        NotFoundError,
+        PeerError,
+        StorageError,
+        UnsafeError,
+        UsageError,
+    )
+    from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
+    from ckpt.rng import RNG
+    from ckpt.shards import Shard
+
+__version__ = "0.1.0"
+__all__ = [
+    "RNG",
+    "Checkpoint",
+    "Checkpointer",
+    "CkptError",
+    "ConflictError",
+    "DeadlineError",
+    "Every",
+    "FormatError",
+    "IntegrityError",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "LayoutError",
+    "MismatchError",
+    "NotFoundError",
+    "PeerError",
+    "PerCoordinate",
+    "PerRank",
+    "Pickled",
+    "Replicated",
+    "Shard",
+    "StorageError",
+    "UnsafeError",
+    "UsageError",
+    "adapters",
+    "load",
+    "open",
+    "save",
+]
+
+_HOME = {
+    "RNG": "rng",
+    "Checkpoint": "checkpoint",
+    "Checkpointer": "checkpointer",
+    "load": "checkpointer",
+    "save": "checkpointer",
+    "Every": "config",
+    "KeepBest": "catalog",
+    "KeepEvery": "catalog",
+    "KeepLast": "catalog",
+    "PerCoordinate": "objects",
+    "PerRank": "objects",
+    "Pickled": "objects",
+    "Replicated": "objects",
+    "Shard": "shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open":
+        return import_module("ckpt.checkpoint").open_checkpoint
+    if name == "adapters":
+        return import_module("ckpt.adapters")
+    if name in _HOME:
+        return getattr(import_module(f"ckpt.{_HOME[name]}"), name)
+    if name in __all__:
+        return getattr(import_module("ckpt.errors"), name)
+    raise AttributeError(f"module 'ckpt' has no attribute {name!r}")

@@ -1,0 +1,300 @@
+"""What a run holds: listing, refs, retention. Imports no torch: `ckpt ls` must be quick.
+
+A ref is a run (its latest step), `run@latest`, `run@best` (or `run@best:metric`), `run@1000`, or one step's URL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckpt.backends import Backend, backend_for
+from ckpt.commit import Commit, Generation, read_commit, read_generation
+from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError, UsageError
+
+__all__ = [
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "Listing",
+    "Policy",
+    "Ref",
+    "Step",
+    "best",
+    "delete_step",
+    "delete_tree",
+    "generations_in_use",
+    "kept",
+    "leftovers",
+    "lineage",
+    "list_run",
+    "parse_ref",
+    "resolve",
+    "write_ledger",
+]
+
+_STEP = re.compile(r"step-(\d{8,18})\.g(\d{4,9})")
+_GENERATION = re.compile(r"gen-(\d{4,9})\.json")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parsed ref: the run's URL and which step of it ("latest", "best[:metric]", a number, or a step folder)."""
+
+    run: str
+    which: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step folder of a run: committed (`commit`), damaged (`error`), or a leftover (neither)."""
+
+    step: int
+    generation: int
+    folder: str
+    commit: Commit | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A run: its generations and its step folders, by generation then step."""
+
+    run: str
+    generations: tuple[Generation, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def committed(self) -> tuple[Step, ...]:
+        return tuple(s for s in self.steps if s.commit is not None)
+
+
+def parse_ref(ref: str | os.PathLike[str]) -> Ref:
+    """Splits a ref. Raises UsageError for an unknown word after "@"."""
+    text = os.fspath(ref).rstrip("/")
+    head, at, which = text.rpartition("@")
+    if at and "/" not in which:
+        if not (which in ("latest", "best") or which.startswith("best:") or which.isdecimal()):
+            raise UsageError(f"ref {text!r}: after '@' say latest, best, best:METRIC or a step number")
+        return Ref(head, which)
+    folder = text.rpartition("/")[2]
+    if _STEP.fullmatch(folder):
+        return Ref(text[: -len(folder)].rstrip("/") or "/", folder)
+    return Ref(text, "latest")
+
+
+def list_run(backend: Backend, *, commits: bool = True) -> Listing:
+    """Everything in a run. With `commits=False` no commit is read, and every folder counts as a leftover."""
+    generations, steps = [], []
+    for entry in backend.list(""):
+        found = _GENERATION.fullmatch(entry.name)
+        if found:
+            try:
+                generations.append(read_generation(backend, int(found[1])))
+            except (IntegrityError, FormatError):
+                generations.append(Generation(int(found[1]), None, "", 0))
+        found = _STEP.fullmatch(entry.name)
+        if found and entry.folder:
+            steps.append(_step(backend, int(found[1]), int(found[2]), entry.name, commits))
+    steps.sort(key=lambda s: (s.generation, s.step))
+    return Listing(backend.root, tuple(sorted(generations, key=lambda g: g.generation)), tuple(steps))
+
+
+def _step(backend: Backend, step: int, generation: int, folder: str, commits: bool) -> Step:
+    try:
+        return Step(step, generation, folder, read_commit(backend, folder) if commits else None)
+    except NotFoundError:
+        return Step(step, generation, folder, None)
+    except CkptError as e:
+        return Step(step, generation, folder, None, str(e))
+
+
+def lineage(listing: Listing) -> list[Step]:
+    """The committed steps that lead to the present, newest first.
+
+    The newest generation's steps, then its parent step and what came before that in the parent's generation, and
+    so on. Steps that a rollback left behind are not in it.
+    """
+    known = {g.generation: g for g in listing.generations}
+    committed = listing.committed
+    generation = max([*known, *(s.generation for s in committed)], default=None)
+    out: list[Step] = []
+    bound: int | None = None
+    while generation is not None:
+        here = [s for s in committed if s.generation == generation and (bound is None or s.step <= bound)]
+        out += sorted(here, key=lambda s: -s.step)
+        parent = known[generation].parent if generation in known else None
+        found = _STEP.fullmatch(parent) if parent else None
+        if found is None or int(found[2]) >= generation:
+            break
+        bound, generation = int(found[1]), int(found[2])
+    return out
+
+
+def resolve(ref: str | os.PathLike[str]) -> tuple[Backend, Commit]:
+    """The backend and commit that a ref names. Raises NotFoundError, saying what is there instead."""
+    parsed = parse_ref(ref)
+    backend = backend_for(parsed.run)
+    found = _STEP.fullmatch(parsed.which)
+    if found:
+        return backend, read_commit(backend, parsed.which)
+    listing = list_run(backend)
+    candidates = lineage(listing)
+    if parsed.which.isdecimal():
+        step = int(parsed.which)
+        direct = [s for s in candidates if s.step == step] or [s for s in reversed(listing.committed) if s.step == step]
+        damaged = [s for s in listing.steps if s.step == step and s.error]
+        if not direct and damaged:
+            raise IntegrityError(damaged[-1].error)
+        candidates = direct
+    elif parsed.which.startswith("best"):
+        candidates = [best(candidates, parsed.which.partition(":")[2])] if candidates else []
+    if not candidates or candidates[0].commit is None:
+        raise NotFoundError(_nothing(parsed, listing))
+    return backend, candidates[0].commit
+
+
+def _nothing(ref: Ref, listing: Listing) -> str:
+    steps = [s.step for s in listing.committed]
+    broken = [s for s in listing.steps if s.error]
+    text = f"{listing.run}: no committed checkpoint" + (f" of step {ref.which}" if ref.which.isdecimal() else "")
+    if steps:
+        text += f"; committed steps are {', '.join(map(str, steps[-5:]))}" + (" (the last 5)" if len(steps) > 5 else "")
+    if broken:
+        text += f"; {len(broken)} damaged: {broken[-1].error}"
+    return text
+
+
+def best(steps: Sequence[Step], metric: str = "") -> Step:
+    """The step with the lowest value of a metric ("val_loss", else "loss", if none is named); for names that end in
+    "acc", "accuracy", "score" or "reward", the highest. Raises NotFoundError if no step has it."""
+    for name in [metric] if metric else ["val_loss", "loss"]:
+        having = [(s.commit.metrics[name], s) for s in steps if s.commit is not None and name in s.commit.metrics]
+        having = [(v, s) for v, s in having if v == v]
+        if having:
+            sign = -1 if _higher_is_better(name) else 1
+            return min(having, key=lambda pair: (sign * pair[0], -pair[1].step))[1]
+    raise NotFoundError(f"no committed step has the metric {metric or 'val_loss or loss'!r}; pass metrics= when saving")
+
+
+def _higher_is_better(metric: str) -> bool:
+    return metric.endswith(("acc", "accuracy", "score", "reward"))
+
+
+class Policy(Protocol):
+    """Retention: which of the steps (oldest first) to keep. Pure; several policies keep what any of them keeps."""
+
+    def __call__(self, steps: Sequence[Step]) -> list[bool]: ...
+
+
+@dataclass(frozen=True)
+class KeepLast:
+    """Keeps the newest `n`."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UsageError("KeepLast(n): n must be 1 or more")
+
+    def __call__(self, steps: Sequence[Step]) -> list[bool]:
+        return [i >= len(steps) - self.n for i in range(len(steps))]
+
+
+@dataclass(frozen=True)
+class KeepEvery:
+    """Keeps the steps whose number is a multiple of `steps`, or one less (Every(k) saves after k, 2k, ... steps)."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError("KeepEvery(steps): steps must be 1 or more")
+
+    def __call__(self, steps: Sequence[Step]) -> list[bool]:
+        return [s.step % self.steps == 0 or (s.step + 1) % self.steps == 0 for s in steps]
+
+
+@dataclass(frozen=True)
+class KeepBest:
+    """Keeps the `n` best by a metric; steps without it are not kept by this policy."""
+
+    metric: str
+    n: int = 1
+
+    def __call__(self, steps: Sequence[Step]) -> list[bool]:
+        having = [
+            (s.commit.metrics[self.metric], i)
+            for i, s in enumerate(steps)
+            if s.commit and self.metric in s.commit.metrics
+        ]
+        having = [(v, i) for v, i in having if v == v]
+        having.sort(key=lambda pair: (-pair[0] if _higher_is_better(self.metric) else pair[0], -pair[1]))
+        chosen = {i for _, i in having[: self.n]}
+        return [i in chosen for i in range(len(steps))]
+
+
+def kept(listing: Listing, policies: Sequence[Policy]) -> dict[str, bool]:
+    """Folder -> whether to keep it, over the committed steps. The latest step and every generation's parent are
+    always kept; with no policy everything is."""
+    steps = listing.committed
+    keep = [any(row) for row in zip(*(p(steps) for p in policies), strict=True)] if policies else [True] * len(steps)
+    needed = {s.folder for s in lineage(listing)[:1]}
+    return {s.folder: k or s.folder in needed for s, k in zip(steps, keep, strict=True)}
+
+
+def delete_step(backend: Backend, folder: str) -> None:
+    """Removes a step: its commit first, so that no reader takes what is going for whole."""
+    backend.delete(f"{folder}/commit.json")
+    delete_tree(backend, folder)
+
+
+def delete_tree(backend: Backend, prefix: str) -> None:
+    for entry in backend.list(prefix):
+        path = f"{prefix}/{entry.name}"
+        if entry.folder:
+            delete_tree(backend, path)
+        else:
+            backend.delete(path)
+
+
+def leftovers(backend: Backend, listing: Listing, min_age: float) -> list[str]:
+    """Paths that no committed checkpoint needs and whose newest file is older than `min_age` seconds: folders of
+    uncommitted steps, and attempts of committed steps that lost."""
+    out = []
+    for s in listing.steps:
+        if s.error:
+            continue
+        if s.commit is None:
+            candidates = [s.folder]
+        else:
+            candidates = [
+                f"{s.folder}/{e.name}" for e in backend.list(s.folder) if e.folder and e.name != s.commit.attempt
+            ]
+        out += [c for c in candidates if time.time() - _newest(backend, c) >= min_age]
+    return out
+
+
+def _newest(backend: Backend, prefix: str) -> float:
+    times = [0.0]
+    for e in backend.list(prefix):
+        times.append(e.modified)
+        if e.folder:
+            times.append(_newest(backend, f"{prefix}/{e.name}"))
+    return max(times)
+
+
+def generations_in_use(listing: Listing) -> list[int]:
+    """The generation numbers in use."""
+    return [*(g.generation for g in listing.generations), *(s.generation for s in listing.steps)]
+
+
+def write_ledger(backend: Backend, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """One immutable object of the ledger: JSON lines."""
+    data = "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n" for row in rows)
+    backend.create(f"ledger/{name}.jsonl", data.encode())

@@ -1,0 +1,246 @@
+"""How the ranks of a job agree. The only user of torch.distributed's process group and of mpi4py.
+
+One primitive, the *round*: every rank contributes bytes or an error, the leader decides, every rank gets its
+answer or the same error. Rounds run over the job's key-value store, not over its process group: a collective
+that times out leaves a process group unusable, a key that nobody wrote does not. So a rank that hangs fails one
+save, on all ranks and with one cause, and the next save works.
+
+A rank that missed a round (it raised before it came to it) finds that round decided and goes on to the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load as st_load
+from safetensors.numpy import save as st_save
+
+from ckpt.config import settings
+from ckpt.errors import CkptError, DeadlineError, from_wire, to_wire
+
+__all__ = ["Group", "Solo", "current_group", "decode", "encode"]
+
+Decide = Callable[[list[bytes]], Sequence[bytes] | bytes]
+
+
+class Group(Protocol):
+    """The ranks of one job."""
+
+    rank: int
+    world: int
+
+    def round(self, name: str, payload: bytes | Exception, decide: Decide) -> bytes:
+        """One exchange. `payload`: this rank's part, or the error that kept it from having one.
+
+        `decide` runs on the leader (rank 0), on the payloads of all ranks in order; it returns one answer for all
+        or one for each. Any error, of a rank or of `decide`, is raised on every rank. `name` must be the same on
+        all. DeadlineError names the ranks that did not come.
+        """
+        ...
+
+
+@dataclass
+class Solo:
+    """A job of one process."""
+
+    rank: int = 0
+    world: int = 1
+
+    def round(self, name: str, payload: bytes | Exception, decide: Decide) -> bytes:
+        if isinstance(payload, Exception):
+            raise payload
+        answer = decide([payload])
+        return answer if isinstance(answer, bytes) else answer[0]
+
+
+class _StoreGroup:
+    """Ranks that share a torch key-value store."""
+
+    def __init__(self, store: Any, rank: int, world: int, prefix: str) -> None:
+        self.rank, self.world = rank, world
+        self._store, self._prefix = store, prefix
+        self._next = 0
+
+    def _key(self, number: int, what: str) -> str:
+        return f"{self._prefix}/{number}/{what}"
+
+    def round(self, name: str, payload: bytes | Exception, decide: Decide) -> bytes:
+        """See `Group.round`."""
+        if self.rank != 0:
+            while self._next and self._store.check([self._key(self._next, "verdict")]):
+                self._next += 1
+        number = self._next
+        self._next += 1
+        deadline = settings().deadline
+        if self.rank == 0:
+            return self._lead(number, name, payload, decide, deadline)
+        self._store.set(self._key(number, str(self.rank)), _letter(name, payload))
+        # The leader answers within its own deadline; the margin lets its verdict, which names the culprit, win.
+        verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + 5)
+        if verdict is None:
+            raise DeadlineError(f"{name}: rank 0 gave no answer within {deadline:.0f} s; see what it is doing")
+        return self._read(number, verdict)
+
+    def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:
+        end = time.monotonic() + deadline
+        letters = [_letter(name, payload)]
+        late = []
+        for rank in range(1, self.world):
+            letter = self._wait(self._key(number, str(rank)), max(0.001, end - time.monotonic()))
+            letters.append(letter or b"")
+            if letter is None:
+                late.append(rank)
+        answers: list[bytes]
+        try:
+            if late:
+                who = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
+                raise DeadlineError(f"{name}: rank {who} did not come within {deadline:.0f} s; is it hanging or gone?")
+            decided = decide([_open(rank, letter, name) for rank, letter in enumerate(letters)])
+            answers = [decided] if isinstance(decided, bytes) else list(decided)
+        except Exception as e:
+            kind, text = to_wire(e)
+            verdict = json.dumps({"kind": kind, "message": text})
+            self._store.set(self._key(number, "verdict"), verdict)
+            raise e if isinstance(e, CkptError) else from_wire(kind, text) from e
+        if len(answers) == 1:
+            self._store.set(self._key(number, "answer"), answers[0])
+        else:
+            for rank in range(1, self.world):
+                self._store.set(self._key(number, f"answer-{rank}"), answers[rank])
+        self._store.set(self._key(number, "verdict"), json.dumps({"each": len(answers) > 1}))
+        self._forget(number - 2)
+        return answers[0]
+
+    def _read(self, number: int, verdict: bytes) -> bytes:
+        told = json.loads(verdict)
+        if "kind" in told:
+            raise from_wire(told["kind"], told["message"])
+        return bytes(self._store.get(self._key(number, f"answer-{self.rank}" if told["each"] else "answer")))
+
+    def _forget(self, number: int) -> None:
+        """Drops the parts of an old round. Its verdict stays: it is how a late rank learns that it is over."""
+        if number < 0:
+            return
+        for rank in range(1, self.world):
+            self._store.delete_key(self._key(number, str(rank)))
+            self._store.delete_key(self._key(number, f"answer-{rank}"))
+        self._store.delete_key(self._key(number, "answer"))
+
+    def _wait(self, key: str, seconds: float) -> bytes | None:
+        try:
+            self._store.wait([key], timedelta(seconds=seconds))
+        except Exception as e:  # torch raises its own DistStoreError for a timeout, RuntimeError in older versions
+            if not _is_timeout(e):
+                raise
+            return None
+        return bytes(self._store.get(key))
+
+
+def _is_timeout(e: Exception) -> bool:
+    return "imeout" in type(e).__name__ or "imeout" in str(e) or "imed out" in str(e)
+
+
+def _letter(name: str, payload: bytes | Exception) -> bytes:
+    if isinstance(payload, Exception):
+        kind, text = to_wire(payload)
+        return b"E" + json.dumps([name, kind, text]).encode()
+    head = name.encode()
+    return b"P" + len(head).to_bytes(4, "little") + head + payload
+
+
+def _open(rank: int, letter: bytes, name: str) -> bytes:
+    """The payload in a letter; raises the error it carries, or one if it belongs to another round."""
+    if letter[:1] == b"E":
+        _, kind, text = json.loads(letter[1:])
+        raise from_wire(kind, text if text.startswith("rank ") else f"rank {rank}: {text}")
+    n = int.from_bytes(letter[1:5], "little")
+    theirs = letter[5 : 5 + n].decode()
+    if theirs != name:
+        raise from_wire(
+            "usage", f"rank {rank} is at {theirs!r} while rank 0 is at {name!r}; all ranks must do the same"
+        )
+    return letter[5 + n :]
+
+
+_groups: dict[int, _StoreGroup] = {}
+
+
+def current_group() -> Group:
+    """The ranks that this process acts with: its process group if one is up, else its MPI world, else itself."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        return _shared(store, dist.get_rank(), dist.get_world_size())
+    if _under_mpi():
+        return _mpi_group()
+    return Solo()
+
+
+def _shared(store: Any, rank: int, world: int) -> Group:
+    if world == 1:
+        return Solo()
+    # One counter per store: two callers in one process take part in the same sequence of rounds.
+    return _groups.setdefault(id(store), _StoreGroup(store, rank, world, "ckpt"))
+
+
+def _under_mpi() -> bool:
+    """Started by an mpiexec with more than one process (the variables of MPICH, Intel MPI, Slurm's PMI, Open MPI)."""
+    return any(int(os.environ.get(name) or 1) > 1 for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
+
+
+_mpi: Group | None = None
+
+
+def _mpi_group() -> Group:
+    """The MPI world, with a store of its own on MPI's rank 0: MPI only carries the address."""
+    global _mpi
+    if _mpi is not None:
+        return _mpi
+    try:
+        from mpi4py import MPI
+    except ImportError as e:
+        raise from_wire(
+            "usage", f"started by mpiexec, but mpi4py is missing ({e}): pip install 'ckpt-universal[mpi]'"
+        ) from e
+    import socket
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    comm = MPI.COMM_WORLD
+    rank, world = comm.Get_rank(), comm.Get_size()
+    address = np.zeros(256, dtype=np.uint8)
+    server = None
+    if rank == 0:
+        host = "127.0.0.1" if comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world else socket.getfqdn()
+        server = TCPStore(host, 0, None, True, wait_for_workers=False)
+        text = f"{host} {server.port}".encode()
+        address[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    else:
+        comm.Split_type(MPI.COMM_TYPE_SHARED)
+    comm.Bcast([address, MPI.BYTE], root=0)
+    host, port = bytes(address).rstrip(b"\0").decode().split()
+    store = server or TCPStore(host, int(port), None, False, wait_for_workers=False)
+    _mpi = _shared(store, rank, world)
+    return _mpi
+
+
+def encode(head: Any, **arrays: npt.NDArray[Any]) -> bytes:
+    """A message: JSON and arrays, as a safetensors file (no pickle between ranks either)."""
+    text = np.frombuffer(json.dumps(head, ensure_ascii=False).encode(), dtype=np.uint8)
+    message: bytes = st_save({"": text, **{k: np.ascontiguousarray(v) for k, v in arrays.items()}})
+    return message
+
+
+def decode(message: bytes) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
+    """What `encode` was given."""
+    arrays = st_load(message)
+    return json.loads(arrays.pop("").tobytes()), arrays

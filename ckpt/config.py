@@ -1,0 +1,82 @@
+"""Settings, validated at construction. The one place where environment variables are named."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckpt.errors import UsageError
+
+__all__ = ["Every", "Settings", "settings"]
+
+
+@dataclass(frozen=True)
+class Every:
+    """When to save: after each `steps` iterations, or `minutes` since the last save, or both (whichever comes first).
+
+    `Every(k)` fires at step n when (n + 1) % k == 0, so that the step number counts finished iterations from 0.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise UsageError("Every needs steps or minutes, as in Every(200) or Every(minutes=30)")
+        if self.steps is not None and (
+            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1
+        ):
+            raise UsageError(f"Every(steps={self.steps!r}): a whole number of steps, 1 or more")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UsageError(f"Every(minutes={self.minutes!r}): a positive number of minutes")
+
+    def due(self, step: int, last: float) -> bool:
+        """Whether to save after `step`, the last save having been at monotonic time `last` (seconds)."""
+        by_step = self.steps is not None and (step + 1) % self.steps == 0
+        return by_step or (self.minutes is not None and time.monotonic() - last >= 60 * self.minutes)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned from outside a training script.
+
+    deadline      CKPT_DEADLINE      seconds that a rank waits for the others at one point of a save (600)
+    buffer_mib    CKPT_BUFFER_MIB    MiB of one staging buffer (8)
+    buffers       CKPT_BUFFERS       staging buffers a rank reserves at its first save (6)
+    writers       CKPT_WRITERS       threads that write a pack (3)
+    readers       CKPT_READERS       threads that read; 0: the cores of this host over its ranks, at most 4 (0)
+    direct        CKPT_DIRECT        1: write with direct I/O where the filesystem allows it (1)
+    """
+
+    deadline: float = 600.0
+    buffer_mib: int = 8
+    buffers: int = 6
+    writers: int = 3
+    readers: int = 0
+    direct: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.deadline > 0:
+            raise UsageError("CKPT_DEADLINE: a positive number of seconds")
+        if not 1 <= self.buffer_mib <= 256 or not 2 <= self.buffers <= 64:
+            raise UsageError("CKPT_BUFFER_MIB: 1 to 256; CKPT_BUFFERS: 2 to 64")
+        if not 1 <= self.writers <= 64 or not 0 <= self.readers <= 64:
+            raise UsageError("CKPT_WRITERS: 1 to 64; CKPT_READERS: 0 to 64")
+
+
+def settings(env: Mapping[str, str] | None = None) -> Settings:
+    """The settings in force now, from the environment. Raises UsageError, naming the variable, for a bad value."""
+    env = os.environ if env is None else env
+    default = Settings()
+    out: dict[str, float | int | bool] = {}
+    for field, kind in (("deadline", float), ("buffer_mib", int), ("buffers", int), ("writers", int), ("readers", int)):
+        text = env.get(f"CKPT_{field.upper()}")
+        if text is not None:
+            try:
+                out[field] = kind(text)
+            except ValueError:
+                raise UsageError(f"CKPT_{field.upper()}={text!r}: not a number") from None
+    out["direct"] = env.get("CKPT_DIRECT", "1") not in ("0", "false", "no")
+    return Settings(**{**default.__dict__, **out})

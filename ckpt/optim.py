@@ -1,0 +1,116 @@
+"""Optimizer state by parameter name, so that groups and their order may differ between save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckpt.errors import UsageError
+from ckpt.shards import Held, like
+
+__all__ = ["Owner", "for_owner", "group_hyper", "group_table", "named_state", "new_state", "regroup"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A parameter that a model owns: its name and how this rank holds it.
+
+    `start` and `stop` locate it in the flat parameter that the optimizer sees instead (FSDP1), else None.
+    """
+
+    name: str
+    held: Held
+    start: int | None = None
+    stop: int | None = None
+
+
+Owners = Mapping[int, tuple[Owner, ...]]
+"""id(parameter) -> the named parameters in it."""
+
+
+def named_state(key: str, optimizer: torch.optim.Optimizer, owners: Owners) -> Iterator[tuple[str, Any]]:
+    """(`<key>.state.<fqn>.<name>`, value) of all state there is; tensors of a flat parameter come as `Held`."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for owner in _owners(key, p, owners):
+                for name, value in optimizer.state.get(p, {}).items():
+                    yield f"{key}.state.{owner.name}.{name}", for_owner(owner, name, p, value)
+
+
+def for_owner(owner: Owner, name: str, p: torch.Tensor, value: Any) -> Any:
+    """A state value as its owner holds it: the slice of a flat state that belongs to one parameter, else as it is."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    if owner.start is not None and value.numel() == p.numel():
+        return like(owner.held, name, value.reshape(-1)[owner.start : owner.stop])
+    if owner.held.kind == "shard" and value.shape == p.shape:
+        return like(owner.held, name, value)
+    return value
+
+
+def _owners(key: str, p: torch.Tensor, owners: Owners) -> tuple[Owner, ...]:
+    try:
+        return owners[id(p)]
+    except KeyError:
+        raise UsageError(
+            f"optimizer {key!r} steps a parameter of shape {tuple(p.shape)} that no module in the state owns; "
+            "pass the module in the same state, so that its state can be stored by name"
+        ) from None
+
+
+def group_table(key: str, optimizer: torch.optim.Optimizer, owners: Owners) -> list[dict[str, Any]]:
+    """The groups as plain values: [{"params": [names], "hyper": {...}}]."""
+    return [
+        {
+            "params": [o.name for p in group["params"] for o in _owners(key, p, owners)],
+            "hyper": {k: _plain(key, k, v) for k, v in group.items() if k != "params"},
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(key: str, name: str, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() != 1:
+        raise UsageError(
+            f"optimizer {key!r}: hyper-parameter {name!r} is a tensor of shape {tuple(value.shape)}; use a scalar"
+        )
+    return value.item()
+
+
+def group_hyper(tables: list[list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Parameter name -> its hyper-parameters, from the group tables of all ranks that stored one."""
+    return {name: group["hyper"] for table in tables for group in table for name in group["params"]}
+
+
+def regroup(
+    key: str, optimizer: torch.optim.Optimizer, owners: Owners, saved: Mapping[str, dict[str, Any]]
+) -> Iterator[str]:
+    """Gives every group the hyper-parameters its parameters were saved with; yields what stands against it."""
+    for i, group in enumerate(optimizer.param_groups):
+        names = [o.name for p in group["params"] for o in _owners(key, p, owners)]
+        found = [(n, saved[n]) for n in names if n in saved]
+        if not found:
+            continue
+        first, hyper = found[0]
+        other = next((n for n, h in found if h != hyper), None)
+        if other is not None:
+            diff = sorted(k for k in hyper if hyper[k] != saved[other].get(k))
+            yield f"group {i} of {key!r} holds {first!r} and {other!r}, which were saved with different {', '.join(diff)}"
+            continue
+        for k, v in hyper.items():
+            if isinstance(group.get(k), torch.Tensor):
+                group[k].fill_(v)
+            else:
+                group[k] = v
+
+
+def new_state(p: torch.Tensor, owner: Owner, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty state tensor for a parameter that has none yet: placed like the parameter if it has its shape."""
+    if shape == owner.held.shape and owner.start is None:
+        return torch.empty_like(p, dtype=dtype, requires_grad=False).detach()
+    return torch.empty(shape, dtype=dtype)

@@ -1,0 +1,227 @@
+"""A tensor, however it is distributed, as boxes of its global shape and views of local memory."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ckpt.errors import LayoutError
+from ckpt.format.dtypes import DTYPES
+from ckpt.format.fragment import Box, flat_boxes, whole
+from ckpt.plan import MESH, PLAIN, SHARD
+
+__all__ = ["Held", "Shard", "dtype_name", "hold", "is_tensor", "like", "parts"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a tensor, declared by hand: what this rank holds of `global_shape`.
+
+    tensor        the local data; loaded in place. Any dtype, strides and device.
+    global_shape  shape of the whole tensor
+    offset        where `tensor` begins in it, one number a dimension; its extent is `tensor.shape`
+    replica       0 for the piece itself; 1, 2, ... where other ranks hold copies of the same piece
+    flat_range    (start, stop) in row-major elements instead of `offset`: `tensor` is 1-D and holds that range
+                  (FSDP1, ZeRO, distributed optimizers)
+    layout        ckpt.format.layout JSON that says how the training program cut the tensor, kept as data
+    """
+
+    tensor: torch.Tensor
+    global_shape: Sequence[int]
+    offset: Sequence[int] | None = None
+    replica: int = 0
+    flat_range: tuple[int, int] | None = None
+    layout: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor as this rank holds it: `pieces` pairs boxes of the global `shape` with views of that shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Box, torch.Tensor], ...]
+    kind: str
+    scope: str = ""
+    replica: int = 0
+    layout: str = ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, Shard))
+
+
+def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of a value: itself, or the inner tensors of a wrapper subclass, loaded in place as they are.
+
+    Raises LayoutError for a tensor that has no plain memory to store.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and is_traceable_wrapper_subclass(value):
+        for inner in value.__tensor_flatten__()[0]:
+            yield from parts(f"{name}.{inner}", getattr(value, inner))
+    else:
+        yield name, value
+
+
+def hold(name: str, value: Any) -> Held:
+    """What this rank holds of a tensor. Raises LayoutError, naming it, if that cannot be told."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, Shard):
+        return _declared(name, value)
+    if isinstance(value, DTensor):
+        return _dtensor(name, value)
+    if hasattr(value, "local_shards"):
+        return _sharded_tensor(name, value)
+    local = _local(name, value)
+    return Held(dtype_name(local.dtype), tuple(local.shape), ((whole(local.shape), local),), PLAIN)
+
+
+def like(held: Held, name: str, value: Any) -> Held:
+    """`value` held as another tensor of the same local elements is (optimizer state of a flat parameter)."""
+    local = _local(name, value).reshape(-1)
+    cuts = list(itertools.accumulate((b.numel for b, _ in held.pieces), initial=0))
+    views = [local[a : a + b.numel].view(b.shape) for a, (b, _) in zip(cuts, held.pieces, strict=False)]
+    pieces = tuple((b, v) for (b, _), v in zip(held.pieces, views, strict=True))
+    return Held(dtype_name(local.dtype), held.shape, pieces, held.kind, held.scope, held.replica, held.layout)
+
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+def _local(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The plain strided memory of a local tensor, with nothing pending on it."""
+    if type(value) not in _PLAIN_TYPES and not isinstance(value, nn.Parameter):
+        raise LayoutError(
+            f"tensor {name!r}: {type(value).__name__} has no __tensor_flatten__; declare it with ckpt.Shard"
+        )
+    if nn.parameter.is_lazy(value):
+        raise LayoutError(f"tensor {name!r} is not initialised yet; run one forward pass first")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        raise LayoutError(f"tensor {name!r}: layout {value.layout} cannot be stored; convert it to a dense tensor")
+    if dtype_name(value.dtype) not in DTYPES:
+        raise LayoutError(f"tensor {name!r}: dtype {value.dtype} cannot be stored; view it as an integer type")
+    local = value.detach()
+    return local.resolve_conj().resolve_neg() if local.is_conj() or local.is_neg() else local
+
+
+def _declared(name: str, shard: Shard) -> Held:
+    local = _local(name, shard.tensor)
+    shape = tuple(int(n) for n in shard.global_shape)
+    if (shard.offset is None) == (shard.flat_range is None):
+        raise LayoutError(f"shard of {name!r}: give either offset or flat_range")
+    pieces: tuple[tuple[Box, torch.Tensor], ...]
+    if shard.flat_range is not None:
+        start, stop = shard.flat_range
+        if local.dim() != 1 or local.numel() != stop - start or not 0 <= start <= stop <= math.prod(shape):
+            raise LayoutError(
+                f"shard of {name!r}: flat range {start}:{stop} does not fit {tuple(local.shape)} of {shape}"
+            )
+        boxes = list(flat_boxes(shape, start, stop))
+        cuts = itertools.accumulate((b.numel for b in boxes), initial=0)
+        pieces = tuple((b, local[a : a + b.numel].view(b.shape)) for a, b in zip(cuts, boxes, strict=False))
+    else:
+        box = Box(tuple(int(o) for o in shard.offset or ()), tuple(local.shape))
+        if not box.within(shape):
+            raise LayoutError(f"shard of {name!r}: box {box} lies outside the global shape {shape}")
+        pieces = ((box, local),)
+    return Held(dtype_name(local.dtype), shape, pieces, SHARD, "", shard.replica, shard.layout)
+
+
+@lru_cache(maxsize=256)
+def _mesh_scope(mesh: Any) -> str:
+    ranks = mesh.mesh.flatten().tolist()
+    return hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()
+
+
+def _dtensor(name: str, value: Any) -> Held:
+    mesh, shape = value.device_mesh, tuple(value.shape)
+    local = _local(name, value._local_tensor)
+    scope = _mesh_scope(mesh)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return Held(dtype_name(local.dtype), shape, (), MESH, scope)
+    cuts: list[list[tuple[int, int]]] = [[(0, n)] for n in shape]
+    for size, index, placement in zip(mesh.shape, coordinate, value.placements, strict=True):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if placement.is_partial() or dim is None:
+            raise LayoutError(
+                f"tensor {name!r}: placement {placement} is not a stored value; reduce or redistribute it first"
+            )
+        cuts[dim] = _chunk(cuts[dim], size, index, int(getattr(placement, "split_factor", 1)))
+    expected = tuple(sum(b - a for a, b in runs) for runs in cuts)
+    if expected != tuple(local.shape):
+        raise LayoutError(
+            f"tensor {name!r}: placements {value.placements} give {expected}, the local tensor is {tuple(local.shape)}"
+        )
+    return Held(dtype_name(local.dtype), shape, tuple(_grid(cuts, local)), MESH, scope)
+
+
+def _chunk(runs: list[tuple[int, int]], count: int, index: int, split: int) -> list[tuple[int, int]]:
+    """Chunk `index` of `count` of the positions in `runs`, as torch.chunk cuts them.
+
+    With `split` > 1 (FSDP2 over tensor parallel) the positions are first cut into that many parts, and each of
+    them is chunked.
+    """
+    total = sum(b - a for a, b in runs)
+    out: list[tuple[int, int]] = []
+    for part_lo, part_hi in [_nth(0, total, split, k) for k in range(split)]:
+        lo, hi = _nth(part_lo, part_hi, count, index)
+        at = 0
+        for a, b in runs:
+            x, y = max(lo, at), min(hi, at + b - a)
+            if x < y:
+                start = a + x - at
+                if out and out[-1][1] == start:
+                    out[-1] = (out[-1][0], start + y - x)
+                else:
+                    out.append((start, start + y - x))
+            at += b - a
+    return out
+
+
+def _nth(lo: int, hi: int, count: int, index: int) -> tuple[int, int]:
+    step = -(-(hi - lo) // count)
+    return min(lo + index * step, hi), min(lo + (index + 1) * step, hi)
+
+
+def _grid(cuts: list[list[tuple[int, int]]], local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The boxes that runs along every dimension span, with their views of the local tensor."""
+    if local.numel() == 0:
+        return
+    starts = [list(itertools.accumulate((b - a for a, b in runs), initial=0)) for runs in cuts]
+    for pick in itertools.product(*(range(len(runs)) for runs in cuts)):
+        box = Box(
+            tuple(cuts[d][k][0] for d, k in enumerate(pick)),
+            tuple(cuts[d][k][1] - cuts[d][k][0] for d, k in enumerate(pick)),
+        )
+        yield box, local[tuple(slice(starts[d][k], starts[d][k] + box.shape[d]) for d, k in enumerate(pick))]
+
+
+def _sharded_tensor(name: str, value: Any) -> Held:
+    pieces = []
+    meta = value.metadata()
+    for shard in value.local_shards():
+        box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+        pieces.append((box, _local(name, shard.tensor)))
+    kind = dtype_name(meta.tensor_properties.dtype)
+    ranks = [str(s.placement) for s in meta.shards_metadata]
+    scope = hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()
+    return Held(kind, tuple(meta.size), tuple(pieces), MESH, scope)

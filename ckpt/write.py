@@ -1,0 +1,235 @@
+"""A rank's share of a snapshot -> one pack in storage, through a small ring of reserved buffers.
+
+One thread copies fragments into the ring and takes their checksums while the bytes are in cache; a few threads
+write full buffers. The ring is reserved and touched once and serves every save of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckpt.backends import Backend, Upload
+from ckpt.config import Settings
+from ckpt.format.codec import BLOCK, crc32c
+from ckpt.format.fragment import contiguous_span, flat_boxes, whole
+from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
+
+__all__ = ["PackReport", "Ring", "Source", "write_pack"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Ring:
+    """Page-aligned buffers, touched once, and the threads that write them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.size = settings.buffer_mib << 20
+        self._maps = [mmap.mmap(-1, self.size) for _ in range(settings.buffers)]
+        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        for m in self._maps:
+            buffer = np.frombuffer(m, dtype=np.uint8)
+            buffer[:: mmap.PAGESIZE] = 0
+            self._free.put(buffer)
+        self.scratch = np.zeros(BLOCK, dtype=np.uint8)
+        self.threads = ThreadPoolExecutor(settings.writers, thread_name_prefix="ckpt-write")
+
+    def take(self) -> Bytes:
+        return self._free.get()
+
+    def give(self, buffer: Bytes) -> None:
+        self._free.put(buffer)
+
+
+class Source:
+    """The bytes of one fragment, read from the tensor that holds it: `view` has the fragment's shape."""
+
+    def __init__(self, view: torch.Tensor) -> None:
+        self._view = view
+        self.nbytes = view.numel() * view.element_size()
+        self._flat: Bytes | None = None
+        if view.is_contiguous() and view.device.type == "cpu" and self.nbytes:
+            memory = (ctypes.c_ubyte * self.nbytes).from_address(view.data_ptr())
+            self._flat = np.frombuffer(memory, dtype=np.uint8)
+
+    def into(self, start: int, out: Bytes) -> None:
+        """Copies bytes [start, start+len(out)) of the fragment, row-major. Both ends are on elements."""
+        if self._flat is not None:
+            np.copyto(out, self._flat[start : start + len(out)])
+            return
+        size = self._view.element_size()
+        at = 0
+        for box in flat_boxes(tuple(self._view.shape), start // size, (start + len(out)) // size):
+            n = box.numel * size
+            target = torch.frombuffer(out[at : at + n], dtype=self._view.dtype).view(box.shape)
+            target.copy_(self._view[box.slices])
+            at += n
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a writer wrote. `offset`, `length`, `block` are in the order of the pieces that it was given."""
+
+    size: int
+    data_start: int
+    header_crc: int
+    table_offset: int
+    blocks: int
+    entry: int
+    table_crc: int
+    offset: npt.NDArray[np.uint64]
+    length: npt.NDArray[np.uint64]
+    block: npt.NDArray[np.uint32]
+
+
+def write_pack(
+    backend: Backend, path: str, pieces: Sequence[Piece], sources: Sequence[Source], ring: Ring
+) -> PackReport:
+    """Writes one pack durably. On any failure, of any thread, nothing is left and the error is raised."""
+    layout = layout_pack(pieces)
+    bound = layout.size + sum(p.nbytes // 4 + 1024 for p in layout.pieces if p.codec)
+    upload = backend.new(path, bound)
+    try:
+        stream = _Stream(upload, ring, layout.data_start)
+        try:
+            lengths, table = _stream_data(layout, sources, stream, ring.scratch)
+            stream.put(table)
+        finally:
+            stream.drain()
+        if layout.entry == 8:
+            layout = layout_pack(pieces, lengths)
+        header = pack_header(layout)
+        upload.write(0, memoryview(header))
+        upload.finish(layout.size if layout.size != bound else None)
+    except BaseException:
+        upload.abort()
+        raise
+    back = np.empty(len(pieces), dtype=np.int64)
+    back[layout.order] = np.arange(len(pieces))
+    return PackReport(
+        size=layout.size,
+        data_start=layout.data_start,
+        header_crc=crc32c(header),
+        table_offset=layout.table_offset,
+        blocks=layout.n_blocks,
+        entry=layout.entry,
+        table_crc=crc32c(table),
+        offset=layout.offset[back],
+        length=layout.length[back],
+        block=layout.block[back],
+    )
+
+
+def _stream_data(
+    layout: PackLayout, sources: Sequence[Source], stream: _Stream, scratch: Bytes
+) -> tuple[list[int], Bytes]:
+    """Sends all fragments in file order; returns their stored lengths and the block table."""
+    table = np.empty((layout.n_blocks, layout.entry // 4), dtype="<u4")
+    lengths: list[int] = []
+    row = 0
+    for piece, index in zip(layout.pieces, layout.order.tolist(), strict=True):
+        source = sources[index]
+        coder = piece.codec.make() if piece.codec else None
+        total = 0
+        for start in range(0, source.nbytes, BLOCK):
+            n = min(BLOCK, source.nbytes - start)
+            if coder is None:
+                table[row, 0] = stream.copy(source, start, n)
+            else:
+                source.into(start, scratch[:n])
+                coded = np.frombuffer(coder.encode(scratch[:n]), dtype=np.uint8)
+                stream.put(coded)
+                table[row, 0], n = crc32c(coded), len(coded)
+            if layout.entry == 8:
+                table[row, 1] = n
+            total += n
+            row += 1
+        lengths.append(total)
+    return lengths, table.reshape(-1).view(np.uint8)
+
+
+class _Stream:
+    """Bytes in file order -> full buffers -> writer threads. At most as many buffers as the ring has are under way."""
+
+    def __init__(self, upload: Upload, ring: Ring, start: int) -> None:
+        self._upload, self._ring = upload, ring
+        self._at, self._fill = start, 0
+        self._buffer: Bytes | None = None
+        self._pending: list[Future[None]] = []
+        self._error: list[BaseException] = []
+
+    def copy(self, source: Source, start: int, n: int) -> int:
+        """Copies part of a source and returns its CRC32C, taken right after each copy."""
+        crc = 0
+        while n:
+            room = self._room(n)
+            source.into(start, room)
+            crc = crc32c(room, crc)
+            start, n = start + len(room), n - len(room)
+        return crc
+
+    def put(self, data: Bytes) -> None:
+        at = 0
+        while at < len(data):
+            room = self._room(len(data) - at)
+            np.copyto(room, data[at : at + len(room)])
+            at += len(room)
+
+    def _room(self, n: int) -> Bytes:
+        """Up to n bytes of the current buffer, counted as filled. A full buffer is sent before the next is taken."""
+        if self._buffer is None or self._fill == self._ring.size:
+            self._send()
+            self._buffer = self._ring.take()
+        lo = self._fill
+        self._fill = min(self._ring.size, lo + n)
+        return self._buffer[lo : self._fill]
+
+    def _send(self) -> None:
+        if self._error:
+            raise self._error[0]
+        if self._buffer is None:
+            return
+        self._pending.append(self._ring.threads.submit(self._write, self._buffer, self._at, self._fill))
+        self._at += self._fill
+        self._buffer, self._fill = None, 0
+
+    def _write(self, buffer: Bytes, at: int, n: int) -> None:
+        try:
+            if not self._error:
+                self._upload.write(at, memoryview(buffer)[:n])
+        except BaseException as e:
+            self._error.append(e)
+        finally:
+            self._ring.give(buffer)
+
+    def drain(self) -> None:
+        """Sends the rest and waits for every write; raises the first error of any of them."""
+        try:
+            self._send()
+        finally:
+            if self._buffer is not None:
+                self._ring.give(self._buffer)
+                self._buffer = None
+            for future in self._pending:
+                future.result()
+        if self._error:
+            raise self._error[0]
+
+
+def source_of(view: torch.Tensor, box_in_view: Any) -> Source:
+    """The bytes of a box of a view."""
+    if box_in_view == whole(tuple(view.shape)):
+        return Source(view)
+    span = contiguous_span(tuple(view.shape), box_in_view)
+    if span is not None and view.is_contiguous():
+        return Source(view.reshape(-1)[span[0] : span[0] + span[1]])
+    return Source(view[box_in_view.slices])
