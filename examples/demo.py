@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
@@ -61,15 +62,14 @@ class Demo:
             f"killed: rank {plan.kill_rank} got SIGKILL after step {plan.kill_at}; torchrun took down the rest"
         )
         rows.append(killed_row(reference, killed, home, plan.kill_at))
+        forks = {layout: self.fork(layout) for layout in ELSEWHERE}
         again = self.worker("restart-fsdp4", "fsdp4", self.run, seed=101)
         rows.append(restart_row(reference, again, home, self.disk, name="restart-fsdp4", bitwise=True))
-        for seed, layout in enumerate(ELSEWHERE, 102):
-            ref = f"{self.run}@{plan.compare_at}"
-            name = f"restart-{layout}"
-            fork = self.out / f"run-{layout}"  # a run of its own, begun from a step of the first one
-            ended = self.worker(name, layout, fork, seed=seed, ref=ref)
-            rows.append(restart_row(reference, ended, LAYOUTS[layout], self.disk, name=name, bitwise=False))
-            shutil.rmtree(fork, ignore_errors=True)
+        for seed, (layout, run) in enumerate(forks.items(), 102):
+            ended = self.worker(f"restart-{layout}", layout, run, seed=seed)
+            row = restart_row(reference, ended, LAYOUTS[layout], self.disk, name=f"restart-{layout}", bitwise=False)
+            rows.append(row)
+            shutil.rmtree(run, ignore_errors=True)
         return rows
 
     def uninterrupted(self) -> Ended:
@@ -78,19 +78,18 @@ class Demo:
         arguments = [*steps, "--control", *ELSEWHERE]
         return launch(self.clock, "uninterrupted", "demo_reference.py", 4, arguments, self.out / "logs")
 
-    def worker(
-        self,
-        name: str,
-        layout: str,
-        run: Path,
-        *,
-        seed: int,
-        ref: str | None = None,
-        kill: tuple[int, int] | None = None,
-    ) -> Ended:
+    def fork(self, layout: str) -> Path:
+        """The run as the crash left it, once more, so that every layout restarts from the same.
+
+        Hard links will do, for what is in a run is never written again.
+        """
+        copy = self.out / f"run-{layout}"
+        shutil.copytree(self.run, copy, copy_function=os.link)
+        return copy
+
+    def worker(self, name: str, layout: str, run: Path, *, seed: int, kill: tuple[int, int] | None = None) -> Ended:
         plan = self.plan
         arguments: list[Any] = [run, "--layout", layout, "--steps", plan.total, "--every", plan.every, "--seed", seed]
-        arguments += ["--from", ref] if ref else []
         arguments += ["--kill", *kill] if kill else []
         return launch(self.clock, name, "demo_worker.py", LAYOUTS[layout].world, arguments, self.out / "logs")
 

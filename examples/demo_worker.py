@@ -11,12 +11,13 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import layouts
 import torch.distributed as dist
 from demo_log import EventLog, data_hash, fingerprint
 from train_gpt import Job, Watch, build, train
+
+import ckpt
 
 
 class Recorder(Watch):
@@ -33,13 +34,12 @@ class Recorder(Watch):
 
     def stepped(self, step: int, loss: float) -> None:
         self.log.write("step", step=step, loss=loss, data=data_hash(self.job))
-        self.since = time.perf_counter()  # in the end: when the last save began
         if self.kill == (self.job.place.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def closed(self, report: Any) -> None:
-        seconds = time.perf_counter() - self.since
-        self.log.write("closed", seconds=seconds, report=str(report))
+    def closed(self, report: ckpt.CloseReport) -> None:
+        last = report.saves[-1]
+        self.log.write("closed", seconds=last.seconds, bytes=last.bytes, committed=report.committed, ref=last.ref)
         self.log.write("fingerprint", step=self.total - 1, **fingerprint(self.job))
 
 
@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("run", help="the run to restore from and to store into")
     parser.add_argument("--events", type=Path, required=True)
     parser.add_argument("--layout", required=True, choices=sorted(layouts.LAYOUTS))
-    parser.add_argument("--from", dest="ref", help="start from this checkpoint instead of the run's latest")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--every", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -61,7 +60,7 @@ def main() -> None:
         dist.barrier()  # so that the time of the restore is not that of a process that starts late
     log = EventLog(args.events, place.rank)
     recorder = Recorder(job, log, args.steps, tuple(args.kill) if args.kill else None)
-    train(job, args.run, total=args.steps, every=args.every, ref=args.ref, watch=recorder)
+    train(job, args.run, total=args.steps, every=args.every, watch=recorder)
     layouts.stop()
 
 

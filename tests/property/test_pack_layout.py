@@ -27,7 +27,7 @@ CHECK = settings(max_examples=80, deadline=None, derandomize=True)
 
 @st.composite
 def piece_lists(draw: st.DrawFn) -> list[Piece]:
-    tensors = draw(st.lists(specs, max_size=5, unique_by=lambda t: t.key))
+    tensors = draw(st.lists(specs, min_size=2, max_size=6, unique_by=lambda t: t.key))
     codec = st.sampled_from([None, None, None, *CODECS])
     pieces = [Piece(t, box, draw(codec)) for t in tensors for box in draw(cuts(t.shape)) or [whole(t.shape)]]
     return draw(st.permutations(pieces))
