@@ -422,6 +422,8 @@ class _Loading:
         if not names:
             self.finish.append(lambda: optimizer.state.pop(p, None) and None)
             return
+        if owner.held.kind == "shard" and not owner.held.pieces and not optimizer.state.get(p):
+            return  # a flat parameter of which nothing is here
         if not self.options.wants(prefix) and not any(self.options.wants(f"{prefix}.{n}") for n in names):
             return
         state = optimizer.state[p]

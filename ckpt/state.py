@@ -120,7 +120,10 @@ def walk(
             def rewrap(value: Any, wrapper: Any = state) -> None:
                 outer(type(wrapper)(value, *[getattr(wrapper, f) for f in ("mesh", "dims") if hasattr(wrapper, f)]))
 
-        yield from walk(state.value, path, inner, rewrap)
+        if _has_tensor(state.value) or isinstance(state.value, (nn.Module, torch.optim.Optimizer)):
+            yield from walk(state.value, path, inner, rewrap)
+        else:
+            yield path, state.value, inner, rewrap
     elif isinstance(state, MutableMapping) and (not path or _holds_parts(state)):
         for key, value in state.items():
             if not isinstance(key, (str, int)):

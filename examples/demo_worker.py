@@ -11,13 +11,12 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import layouts
 import torch.distributed as dist
 from demo_log import EventLog, data_hash, fingerprint
 from train_gpt import Job, Watch, build, train
-
-import ckpt
 
 
 class Recorder(Watch):
@@ -37,7 +36,7 @@ class Recorder(Watch):
         if self.kill == (self.job.place.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def closed(self, report: ckpt.CloseReport) -> None:
+    def closed(self, report: Any) -> None:
         last = report.saves[-1]
         self.log.write("closed", seconds=last.seconds, bytes=last.bytes, committed=report.committed, ref=last.ref)
         self.log.write("fingerprint", step=self.total - 1, **fingerprint(self.job))

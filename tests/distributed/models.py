@@ -50,7 +50,7 @@ def content(name: str, shape: Any, salt: int) -> torch.Tensor:
 
 
 def build(layout: str, rank: int, world: int) -> nn.Module:
-    """"single", "fsdp", "hsdp", "tp", "fsdp_tp": the same Net, cut differently."""
+    """ "single", "fsdp", "hsdp", "tp", "fsdp_tp": the same Net, cut differently."""
     torch.manual_seed(0)
     model: nn.Module = Net()
     if layout == "single":
@@ -80,7 +80,9 @@ def build(layout: str, rank: int, world: int) -> nn.Module:
 def train_once(model: nn.Module) -> torch.optim.Optimizer:
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=0.01
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -104,7 +106,9 @@ def fill(model: nn.Module, optimizer: torch.optim.Optimizer, salt: int) -> None:
         for name, t in leaves(model, optimizer):
             full = content(name, t.shape, salt)
             if isinstance(t, DTensor):
-                placed = distribute_tensor(full, t.device_mesh, [p if not hasattr(p, "split_factor") else p for p in t.placements])
+                placed = distribute_tensor(
+                    full, t.device_mesh, [p if not hasattr(p, "split_factor") else p for p in t.placements]
+                )
                 t.to_local().copy_(placed.to_local())
             else:
                 t.copy_(full)

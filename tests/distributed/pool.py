@@ -62,7 +62,9 @@ class Pool:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, world: int = SIZE, env: dict[str, str] | None = None) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, world: int = SIZE, env: dict[str, str] | None = None
+    ) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
             address = os.path.join(folder, "store")
             for pipe in self._pipes[:world]:
