@@ -272,6 +272,9 @@ class _Loading:
     # The walk.
 
     def visit(self, state: Any) -> None:
+        modules = [(key, value) for key, value, _, _ in walk(state) if isinstance(value, nn.Module)]
+        for key, module in modules:
+            _give_memory(module, key, self.options)
         owners = owners_of(state)
         for name, value, policy, setter in walk(state):
             if isinstance(value, nn.Module):
@@ -326,7 +329,6 @@ class _Loading:
 
     def _module(self, key: str, module: nn.Module, owners: Mapping[int, tuple[Owner, ...]]) -> None:
         self.strict.add(self.options.stored_name(key))
-        _give_memory(module, lambda n: self.options.wants(f"{key}.{n}"))
         seen: dict[int, str] = {}
         for name, owner, attribute, tensor in module_leaves(module):
             full = f"{key}.{name}"
@@ -555,7 +557,7 @@ def _as_numpy(view: torch.Tensor) -> np.ndarray[Any, Any]:
     return view.view(_SAME_WIDTH[view.element_size()]).numpy().view(kind)
 
 
-def _give_memory(module: nn.Module, wanted: Callable[[str], bool]) -> None:
+def _give_memory(module: nn.Module, key: str, options: LoadOptions) -> None:
     """Gives CPU memory to what a module has on the meta device. The tensors keep their identity, so optimizers that
     hold them still do. Buffers that are not stored cannot be loaded: they are named in the error."""
     for owner in module.modules():
@@ -565,7 +567,7 @@ def _give_memory(module: nn.Module, wanted: Callable[[str], bool]) -> None:
                     f"buffer {name!r} is on the meta device but not part of the state; initialise it before loading"
                 )
     for name, _, _, tensor in module_leaves(module):
-        if tensor is not None and tensor.is_meta and wanted(name):
+        if tensor is not None and tensor.is_meta and options.wants(f"{key}.{name}"):
             new = torch.empty_like(tensor, device="cpu")
             new = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
             torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]

@@ -112,6 +112,8 @@ def _local(name: str, value: torch.Tensor) -> torch.Tensor:
         )
     if nn.parameter.is_lazy(value):
         raise LayoutError(f"tensor {name!r} is not initialised yet; run one forward pass first")
+    if value.is_meta:
+        raise LayoutError(f"tensor {name!r} is on the meta device and holds no values; initialise or load it first")
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         raise LayoutError(f"tensor {name!r}: layout {value.layout} cannot be stored; convert it to a dense tensor")
     if dtype_name(value.dtype) not in DTYPES:

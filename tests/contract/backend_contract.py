@@ -118,7 +118,9 @@ class BackendContract:
         with ThreadPoolExecutor(2) as pool:
             futures = [pool.submit(look) for _ in range(2)]
             make().create("x/commit.json", data)
-            time.sleep(0.02)
+            patience = time.monotonic() + 60
+            while not seen and time.monotonic() < patience:
+                time.sleep(0.001)
             stop.set()
             for future in futures:
                 future.result()
