@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import ckpt
 from benchmarks.harness import Rank
 from benchmarks.limits import limits
 
-__all__ = ["CKPT", "LOADERS", "RESHARDERS", "SAVERS", "load", "notes", "save"]
+__all__ = ["CKPT", "LOADERS", "RESHARDERS", "SAVERS", "chosen", "load", "notes", "save"]
 
 
 class Contestant(Protocol):
@@ -186,6 +186,16 @@ REMARKS = {
     "torch-checkpointing": "torch-checkpointing: synchronous, with fsync added, use_direct_io=False (its default fails "
     "on ext4 with EINVAL), without a resharder (on more than one rank that needs CUDA).",
 }
+
+
+def chosen(makers: Mapping[str, Maker], only: Sequence[str] | None) -> list[str]:
+    """The contestants that take part, in the order of the tables."""
+    names = [name for name in makers if not only or name in only]
+    if not names:
+        raise SystemExit(
+            f"no contestant of this benchmark is called {', '.join(only or ())}; there are {', '.join(makers)}"
+        )
+    return names
 
 
 def notes(names: Iterable[str], failures: dict[str, str]) -> list[str]:

@@ -60,7 +60,7 @@ def measure(world: World, names: Sequence[str], failures: dict[str, str], rounds
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in LOADERS if not args.only or name in args.only]
+    names = contestants.chosen(LOADERS, args.only)
     savers = [name for name in names if not name.endswith(" mmap")]
     with workspace(args.dir) as root:
         result: dict[str, Any] = {"bench": "load", "machine": machine(root), "cold_by": drop_caches(root), "tables": []}

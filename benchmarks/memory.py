@@ -58,7 +58,7 @@ def measure(world: World, name: str, saves: int, path: Path) -> list[list[dict[s
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in SAVERS if not args.only or name in args.only]
+    names = contestants.chosen(SAVERS, args.only)
     with workspace(args.dir) as root:
         result: dict[str, Any] = {"bench": "memory", "machine": machine(root), "tables": []}
         for gib in args.gib:

@@ -36,7 +36,7 @@ def save_all(ranks: int, gib: float, names: Sequence[str], path: Path) -> dict[s
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in RESHARDERS if not args.only or name in args.only]
+    names = contestants.chosen(RESHARDERS, args.only)
     with workspace(args.dir) as root:
         result: dict[str, Any] = {"bench": "reshard", "machine": machine(root), "tables": []}
         for gib in args.gib:

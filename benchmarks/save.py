@@ -39,7 +39,7 @@ def measure(world: World, names: Sequence[str], rounds: int, path: Path) -> Roun
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in SAVERS if not args.only or name in args.only]
+    names = contestants.chosen(SAVERS, args.only)
     with workspace(args.dir) as root:
         result: dict[str, Any] = {"bench": "save", "machine": machine(root), "tables": []}
         for gib in args.gib:

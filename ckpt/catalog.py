@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckpt.backends import Backend, backend_for
+from ckpt.backends.base import TEMPORARY
 from ckpt.commit import Commit, Generation, read_commit, read_generation
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError, UsageError
 
@@ -38,8 +39,8 @@ __all__ = [
     "write_ledger",
 ]
 
-_STEP = re.compile(r"step-(\d{8,18})\.g(\d{4,9})")
-_GENERATION = re.compile(r"gen-(\d{4,9})\.json")
+_STEP = re.compile(r"step-([0-9]{8,18})\.g([0-9]{4,9})")
+_GENERATION = re.compile(r"gen-([0-9]{4,9})\.json")
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ def list_run(backend: Backend, *, commits: bool = True) -> Listing:
     generations, steps = [], []
     for entry in backend.list(""):
         found = _GENERATION.fullmatch(entry.name)
-        if found:
+        if found and not entry.folder:
             try:
                 generations.append(read_generation(backend, int(found[1])))
-            except (IntegrityError, FormatError):
-                generations.append(Generation(int(found[1]), None, "", 0))
+            except (IntegrityError, FormatError, NotFoundError) as e:
+                generations.append(Generation(int(found[1]), None, "", 0, str(e)))
         found = _STEP.fullmatch(entry.name)
         if found and entry.folder:
             steps.append(_step(backend, int(found[1]), int(found[2]), entry.name, commits))
@@ -114,54 +115,59 @@ def _step(backend: Backend, step: int, generation: int, folder: str, commits: bo
         return Step(step, generation, folder, None, str(e))
 
 
-def lineage(listing: Listing) -> list[Step]:
-    """The committed steps that lead to the present, newest first.
+def lineage(listing: Listing, *, damaged: bool = False) -> list[Step]:
+    """The committed steps that lead to the present, newest first; with `damaged`, those whose commit cannot be read
+    stand in their places among them.
 
     The newest generation's steps, then its parent step and what came before that in the parent's generation, and
-    so on. Steps that a rollback left behind are not in it.
+    so on. Steps that a rollback left behind are not in it. Where the file of a generation is damaged or gone, all
+    of the generation before it counts as its past.
     """
     known = {g.generation: g for g in listing.generations}
-    committed = listing.committed
-    generation = max([*known, *(s.generation for s in committed)], default=None)
+    steps = [s for s in listing.steps if s.commit is not None or s.error]
+    numbers = {*known, *(s.generation for s in steps)}
+    generation = max(numbers, default=None)
     out: list[Step] = []
     bound: int | None = None
     while generation is not None:
-        here = [s for s in committed if s.generation == generation and (bound is None or s.step <= bound)]
+        here = [s for s in steps if s.generation == generation and (bound is None or s.step <= bound)]
         out += sorted(here, key=lambda s: -s.step)
-        parent = known[generation].parent if generation in known else None
-        found = _STEP.fullmatch(parent) if parent else None
+        at = known.get(generation)
+        if at is None or at.error:
+            bound, generation = None, max((n for n in numbers if n < generation), default=None)
+            continue
+        found = _STEP.fullmatch(at.parent) if at.parent else None
         if found is None or int(found[2]) >= generation:
             break
         bound, generation = int(found[1]), int(found[2])
-    return out
+    return out if damaged else [s for s in out if s.commit is not None]
 
 
 def resolve(ref: str | os.PathLike[str]) -> tuple[Backend, Commit]:
-    """The backend and commit that a ref names. Raises NotFoundError, saying what is there instead."""
+    """The backend and commit that a ref names. Raises NotFoundError, saying what is there instead; IntegrityError
+    or FormatError if the commit that it names is damaged: an older one is never taken in its place."""
     parsed = parse_ref(ref)
     backend = backend_for(parsed.run)
     found = _STEP.fullmatch(parsed.which)
     if found:
         return backend, read_commit(backend, parsed.which)
     listing = list_run(backend)
-    candidates = lineage(listing)
+    candidates = lineage(listing, damaged=True)
     if parsed.which.isdecimal():
         step = int(parsed.which)
-        direct = [s for s in candidates if s.step == step] or [s for s in reversed(listing.committed) if s.step == step]
-        damaged = [s for s in listing.steps if s.step == step and s.error]
-        if not direct and damaged:
-            raise IntegrityError(damaged[-1].error)
-        candidates = direct
+        others = [s for s in reversed(listing.steps) if s.commit is not None or s.error]
+        candidates = [s for s in [*candidates, *others] if s.step == step]
     elif parsed.which.startswith("best"):
+        candidates = [s for s in candidates if s.commit is not None]
         candidates = [best(candidates, parsed.which.partition(":")[2])] if candidates else []
-    if not candidates or candidates[0].commit is None:
+    if not candidates:
         raise NotFoundError(_nothing(parsed, listing))
-    return backend, candidates[0].commit
+    return backend, candidates[0].commit or read_commit(backend, candidates[0].folder)
 
 
 def _nothing(ref: Ref, listing: Listing) -> str:
     steps = [s.step for s in listing.committed]
-    broken = [s for s in listing.steps if s.error]
+    broken = [s for s in listing.steps if s.error]  # for `best`, which cannot tell their metrics
     text = f"{listing.run}: no committed checkpoint" + (f" of step {ref.which}" if ref.which.isdecimal() else "")
     if steps:
         text += f"; committed steps are {', '.join(map(str, steps[-5:]))}" + (" (the last 5)" if len(steps) > 5 else "")
@@ -254,38 +260,45 @@ def delete_step(backend: Backend, folder: str) -> None:
     delete_tree(backend, folder)
 
 
-def delete_tree(backend: Backend, prefix: str) -> None:
-    for entry in backend.list(prefix):
-        path = f"{prefix}/{entry.name}"
+def delete_tree(backend: Backend, path: str) -> None:
+    """Removes an object, or a folder with all that is below it."""
+    entries = backend.list(path)
+    for entry in entries:
         if entry.folder:
-            delete_tree(backend, path)
+            delete_tree(backend, f"{path}/{entry.name}")
         else:
-            backend.delete(path)
+            backend.delete(f"{path}/{entry.name}")
+    if not entries:
+        backend.delete(path)
 
 
 def leftovers(backend: Backend, listing: Listing, min_age: float) -> list[str]:
-    """Paths that no committed checkpoint needs and whose newest file is older than `min_age` seconds: folders of
-    uncommitted steps, and attempts of committed steps that lost."""
-    out = []
-    for s in listing.steps:
-        if s.error:
-            continue
-        if s.commit is None:
-            candidates = [s.folder]
-        else:
-            candidates = [
-                f"{s.folder}/{e.name}" for e in backend.list(s.folder) if e.folder and e.name != s.commit.attempt
-            ]
-        out += [c for c in candidates if time.time() - _newest(backend, c) >= min_age]
-    return out
+    """Paths that no committed checkpoint needs and whose newest file is older than `min_age` seconds, for
+    `delete_tree`: folders of uncommitted steps, attempts of committed steps that lost, temporary files."""
+    root = backend.list("")
+    found = [("", e) for e in root if not e.folder and e.name.startswith(TEMPORARY)]
+    steps = {s.folder: s for s in listing.steps if not s.error}
+    for e in root:
+        step = steps.get(e.name)
+        if step is not None and step.commit is None:
+            found.append(("", e))
+        elif step is not None and step.commit is not None:
+            inside = backend.list(e.name)
+            found += [(f"{e.name}/", x) for x in inside if x.folder and x.name != step.commit.attempt]
+            found += [(f"{e.name}/", x) for x in inside if x.name.startswith(TEMPORARY)]
+            kept = f"{e.name}/{step.commit.attempt}"
+            found += [(f"{kept}/", x) for x in backend.list(kept) if x.name.startswith(TEMPORARY)]
+    found += [("ledger/", x) for x in backend.list("ledger") if x.name.startswith(TEMPORARY)]
+    before = time.time() - min_age
+    return [at + e.name for at, e in found if max(e.modified, _newest(backend, at + e.name)) <= before]
 
 
-def _newest(backend: Backend, prefix: str) -> float:
+def _newest(backend: Backend, path: str) -> float:
     times = [0.0]
-    for e in backend.list(prefix):
+    for e in backend.list(path):
         times.append(e.modified)
         if e.folder:
-            times.append(_newest(backend, f"{prefix}/{e.name}"))
+            times.append(_newest(backend, f"{path}/{e.name}"))
     return max(times)
 
 

@@ -6,6 +6,8 @@ that times out leaves a process group unusable, a key that nobody wrote does not
 save, on all ranks and with one cause, and the next save works.
 
 A rank that missed a round (it raised before it came to it) finds that round decided and goes on to the next one.
+A leader that comes back after the others gave up finds its round abandoned, and decides nothing: who is first to
+write the round's claim, the leader about to decide or a rank that waited long enough, has settled it for all.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from safetensors.numpy import load as st_load
 from safetensors.numpy import save as st_save
 
 from ckpt.config import settings
-from ckpt.errors import CkptError, DeadlineError, from_wire, to_wire
+from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire, to_wire
 
 __all__ = ["Group", "Solo", "current_group", "decode", "encode"]
 
@@ -61,32 +63,55 @@ class Solo:
         return answer if isinstance(answer, bytes) else answer[0]
 
 
+_LEADER = b"the leader decides"
+
+
 class _StoreGroup:
     """Ranks that share a torch key-value store."""
 
-    def __init__(self, store: Any, rank: int, world: int, prefix: str) -> None:
+    def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
-        self._store, self._prefix = store, prefix
+        self._store = store
+        # torchrun's store outlives a process group: a second one over it must not read the first one's rounds.
+        self._prefix = f"ckpt/{(self._do('add', 'ckpt/ranks', 1) - 1) // world}"
         self._next = 0
 
     def _key(self, number: int, what: str) -> str:
         return f"{self._prefix}/{number}/{what}"
 
+    def _do(self, verb: str, *args: Any) -> Any:
+        """One operation of the store. Raises PeerError if the store is gone."""
+        try:
+            return getattr(self._store, verb)(*args)
+        except Exception as e:
+            if verb == "wait" and _is_timeout(e):
+                raise
+            text = str(e).partition("\n")[0]
+            raise PeerError(
+                f"lost touch with the job's key-value store ({text}); rank 0, or whatever holds the store, is gone"
+            ) from e
+
     def round(self, name: str, payload: bytes | Exception, decide: Decide) -> bytes:
         """See `Group.round`."""
         if self.rank != 0:
-            while self._next and self._store.check([self._key(self._next, "verdict")]):
+            while self._do("check", [self._key(self._next, "verdict")]):
                 self._next += 1
         number = self._next
         self._next += 1
         deadline = settings().deadline
         if self.rank == 0:
             return self._lead(number, name, payload, decide, deadline)
-        self._store.set(self._key(number, str(self.rank)), _letter(name, payload))
+        self._do("set", self._key(number, str(self.rank)), _letter(name, payload))
         # The leader answers within its own deadline; the margin lets its verdict, which names the culprit, win.
         verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + 5)
         if verdict is None:
-            raise DeadlineError(f"{name}: rank 0 gave no answer within {deadline:.0f} s; see what it is doing")
+            text = f"{name}: rank 0 gave no answer within {deadline:.0f} s; is it hanging or gone?"
+            claim = bytes(self._do("compare_set", self._key(number, "claim"), "", text))
+            if claim != _LEADER:
+                raise DeadlineError(claim.decode())
+            verdict = self._wait(self._key(number, "verdict"), deadline)
+        if verdict is None:
+            raise DeadlineError(f"{name}: rank 0 began to decide and did not end; what it decided is not known")
         return self._read(number, verdict)
 
     def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:
@@ -103,19 +128,23 @@ class _StoreGroup:
             if late:
                 who = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
                 raise DeadlineError(f"{name}: rank {who} did not come within {deadline:.0f} s; is it hanging or gone?")
-            decided = decide([_open(rank, letter, name) for rank, letter in enumerate(letters)])
+            payloads = [_open(rank, letter, name) for rank, letter in enumerate(letters)]
+            claim = bytes(self._do("compare_set", self._key(number, "claim"), "", _LEADER.decode()))
+            if claim != _LEADER:
+                raise DeadlineError(claim.decode())
+            decided = decide(payloads)
             answers = [decided] if isinstance(decided, bytes) else list(decided)
         except Exception as e:
             kind, text = to_wire(e)
             verdict = json.dumps({"kind": kind, "message": text})
-            self._store.set(self._key(number, "verdict"), verdict)
+            self._do("set", self._key(number, "verdict"), verdict)
             raise e if isinstance(e, CkptError) else from_wire(kind, text) from e
         if len(answers) == 1:
-            self._store.set(self._key(number, "answer"), answers[0])
+            self._do("set", self._key(number, "answer"), answers[0])
         else:
             for rank in range(1, self.world):
-                self._store.set(self._key(number, f"answer-{rank}"), answers[rank])
-        self._store.set(self._key(number, "verdict"), json.dumps({"each": len(answers) > 1}))
+                self._do("set", self._key(number, f"answer-{rank}"), answers[rank])
+        self._do("set", self._key(number, "verdict"), json.dumps({"each": len(answers) > 1}))
         self._forget(number - 2)
         return answers[0]
 
@@ -123,25 +152,26 @@ class _StoreGroup:
         told = json.loads(verdict)
         if "kind" in told:
             raise from_wire(told["kind"], told["message"])
-        return bytes(self._store.get(self._key(number, f"answer-{self.rank}" if told["each"] else "answer")))
+        return bytes(self._do("get", self._key(number, f"answer-{self.rank}" if told["each"] else "answer")))
 
     def _forget(self, number: int) -> None:
         """Drops the parts of an old round. Its verdict stays: it is how a late rank learns that it is over."""
         if number < 0:
             return
         for rank in range(1, self.world):
-            self._store.delete_key(self._key(number, str(rank)))
-            self._store.delete_key(self._key(number, f"answer-{rank}"))
-        self._store.delete_key(self._key(number, "answer"))
+            self._do("delete_key", self._key(number, str(rank)))
+            self._do("delete_key", self._key(number, f"answer-{rank}"))
+        self._do("delete_key", self._key(number, "answer"))
+        self._do("delete_key", self._key(number, "claim"))
 
     def _wait(self, key: str, seconds: float) -> bytes | None:
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
-        except Exception as e:  # torch raises its own DistStoreError for a timeout, RuntimeError in older versions
-            if not _is_timeout(e):
-                raise
+            self._do("wait", [key], timedelta(seconds=seconds))
+        except PeerError:
+            raise
+        except Exception:  # a timeout: DistStoreError, or RuntimeError in older versions of torch
             return None
-        return bytes(self._store.get(key))
+        return bytes(self._do("get", key))
 
 
 def _is_timeout(e: Exception) -> bool:
@@ -189,7 +219,9 @@ def _shared(store: Any, rank: int, world: int) -> Group:
     if world == 1:
         return Solo()
     # One counter per store: two callers in one process take part in the same sequence of rounds.
-    return _groups.setdefault(id(store), _StoreGroup(store, rank, world, "ckpt"))
+    if id(store) not in _groups:
+        _groups[id(store)] = _StoreGroup(store, rank, world)
+    return _groups[id(store)]
 
 
 def _under_mpi() -> bool:

@@ -45,7 +45,8 @@ VERSION = 1
 _MAX_COMMIT = 1 << 20
 _MAX_MANIFEST = 1 << 32
 _ATTEMPTS = 1000
-_MANIFEST_PATH = re.compile(r"a(0|[1-9][0-9]{0,8})/manifest\.safetensors")
+_GENERATIONS = 10**9
+_ATTEMPT = re.compile(r"a(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ class Commit:
 
 @dataclass(frozen=True)
 class Generation:
-    """One life of a run. `parent`: the step folder it came from, or None."""
+    """One life of a run. `parent`: the step folder it came from, or None. `error`: why its file tells nothing."""
 
     generation: int
     parent: str | None
     time: str
     world: int
+    error: str = ""
 
 
 def step_folder(step: int, generation: int) -> str:
@@ -137,10 +139,13 @@ def read_commit(backend: Backend, folder: str) -> Commit:
             metrics={str(k): float(v) for k, v in c["metrics"].items()},
             writer=str(c["writer"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise FormatError(f"{where}: {type(e).__name__}: {e}") from None
-    if commit.folder != folder or not _MANIFEST_PATH.fullmatch(commit.manifest_path):
-        raise FormatError(f"{where}: speaks of {commit.folder}/{commit.manifest_path!r}; it does not belong here")
+    belongs = commit.folder == folder and commit.manifest_path == f"{commit.attempt}/manifest.safetensors"
+    if not belongs or not _ATTEMPT.fullmatch(commit.attempt):
+        raise FormatError(
+            f"{where}: speaks of {commit.folder[:200]}/{commit.manifest_path[:200]!r}; it does not belong here"
+        )
     if not 0 <= commit.manifest_size <= _MAX_MANIFEST:
         raise FormatError(f"{where}: manifest of {commit.manifest_size} bytes")
     return commit
@@ -154,8 +159,11 @@ def read_manifest(backend: Backend, commit: Commit) -> Manifest:
     if len(data) != commit.manifest_size or crc32c(data) != commit.manifest_crc:
         raise IntegrityError(f"{where}: not the manifest that was committed; use another step")
     manifest = parse_manifest(data, where)
-    if (manifest.step, manifest.generation) != (commit.step, commit.generation):
-        raise FormatError(f"{where}: belongs to step {manifest.step} of generation {manifest.generation}")
+    mine = (commit.step, commit.generation, commit.attempt)
+    if (manifest.step, manifest.generation, manifest.attempt) != mine:
+        raise FormatError(
+            f"{where}: belongs to step {manifest.step} of generation {manifest.generation}, attempt {manifest.attempt}"
+        )
     return manifest
 
 
@@ -168,14 +176,14 @@ def claim_attempt(backend: Backend, folder: str, world: int) -> tuple[str, str]:
         )
     writer = uuid.uuid4().hex
     content = {"format": "ckpt-attempt", "version": VERSION, "writer": writer, "time": now(), "world": world}
-    first = max((int(n[1:]) + 1 for n in names if re.fullmatch(r"a[0-9]+", n)), default=0)
-    for n in range(first, first + _ATTEMPTS):
+    first = max((int(n[1:]) + 1 for n in names if _ATTEMPT.fullmatch(n)), default=0)
+    for n in range(first, min(first + _ATTEMPTS, 10**9)):
         try:
             backend.create(f"{folder}/a{n}/attempt.json", sealed(content))
         except ConflictError:
             continue
         return f"a{n}", writer
-    raise ConflictError(f"{backend.root}/{folder}: {_ATTEMPTS} attempts are there already; run `ckpt prune`")
+    raise ConflictError(f"{backend.root}/{folder}: a{first - 1} and more attempts are there already; run `ckpt prune`")
 
 
 def commit_step(
@@ -269,17 +277,23 @@ def publish(backend: Backend, commit: Commit) -> None:
 def read_generation(backend: Backend, number: int) -> Generation:
     """What a generation file says. NotFoundError if there is none."""
     name = f"gen-{number:04d}.json"
-    g = unseal(backend.fetch(name, _MAX_COMMIT), "ckpt-generation", f"{backend.root}/{name}")
+    where = f"{backend.root}/{name}"
+    g = unseal(backend.fetch(name, _MAX_COMMIT), "ckpt-generation", where)
     try:
-        return Generation(int(g["generation"]), g["parent"], str(g["time"]), int(g["world"]))
-    except (KeyError, TypeError, ValueError) as e:
-        raise FormatError(f"{backend.root}/{name}: {e}") from None
+        out = Generation(int(g["generation"]), g["parent"], str(g["time"]), int(g["world"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise FormatError(f"{where}: {type(e).__name__}: {e}") from None
+    if out.generation != number or not isinstance(out.parent, str | None):
+        raise FormatError(f"{where}: speaks of generation {out.generation}, come from {str(out.parent)[:200]!r}")
+    return out
 
 
 def open_generation(backend: Backend, parent: str | None, world: int, known: Sequence[int]) -> int:
     """Begins the next generation after `known`, come from the step folder `parent`. Returns its number."""
     number = max(known, default=0) + 1
     while True:
+        if number >= _GENERATIONS:
+            raise ConflictError(f"{backend.root}: generation {number - 1} is the last possible; start another run")
         content = {"generation": number, "parent": parent, "time": now(), "world": world}
         data = sealed({"format": "ckpt-generation", "version": VERSION, **content})
         try:

@@ -155,6 +155,7 @@ def merge(claims: Sequence[Claims], digested: frozenset[str] = frozenset()) -> P
     table = _Table([], {})
     per_rank: list[str] = []
     wanted: list[str] = []
+    checked: set[int] = set()  # tensors whose equal boxes are not copies by construction
     target: dict[tuple[int, int], int] = {}  # (rank, local index) -> tensor, for the names seen below
     for name, held in kinds.items():
         first = rows[held[0][0]][held[0][1]]
@@ -169,14 +170,17 @@ def merge(claims: Sequence[Claims], digested: frozenset[str] = frozenset()) -> P
                 target[r, i] = table.add(own)
         else:
             _check_same(name, rows, held)
-            if first[4] == MESH and len({rows[r][i][5] for r, i in held}) > 1 and name not in digested:
+            meshes = {rows[r][i][5] for r, i in held}
+            if first[4] == MESH and len(meshes) > 1 and name not in digested:
                 wanted.append(name)
             t = table.add(spec)
+            if first[4] == SHARD or len(meshes) > 1:
+                checked.add(t)
             for r, i in held:
                 target[r, i] = t
     if wanted:
         raise NeedDigests(wanted)
-    return _assign(claims, rows, tuple(table.specs), target, tuple(per_rank))
+    return _assign(claims, rows, tuple(table.specs), target, checked, tuple(per_rank))
 
 
 def _kinds(rows: Sequence[list[Any]]) -> dict[str, list[tuple[int, int]]]:
@@ -209,6 +213,7 @@ def _assign(
     rows: Sequence[list[Any]],
     tensors: tuple[TensorSpec, ...],
     target: dict[tuple[int, int], int],
+    checked: set[int],
     per_rank: tuple[str, ...],
 ) -> Plan:
     world = len(claims)
@@ -224,7 +229,8 @@ def _assign(
     new[1:] = (tensor[1:] != tensor[:-1]) | (box[1:] != box[:-1]).any(axis=(1, 2))
     first = np.flatnonzero(new)
     copies = np.diff(np.append(first, len(order)))
-    _check_copies(claims, rows, tensors, rank, local, tensor, first, copies)
+    doubtful = first[(copies > 1) & np.isin(tensor[first], list(checked))]
+    _check_copies(claims, rows, tensors, rank, local, tensor, doubtful, copies[np.isin(first, doubtful)])
     _check_coverage(tensors, tensor[first], box[first])
     item = np.array([dtype(t.dtype).itemsize for t in tensors], dtype=np.int64)
     single = first[copies == 1]
@@ -261,30 +267,22 @@ def _check_copies(
     copies: npt.NDArray[np.int64],
 ) -> None:
     """Every box that several ranks claim must be a copy by mesh, by declaration or by content."""
-    scoped: dict[int, bool] = {}
-    for at, n in zip(first[copies > 1].tolist(), copies[copies > 1].tolist(), strict=True):
-        t = int(tensor[at])
-        held = [(int(rank[k]), int(local[k])) for k in range(at, at + n)] if not scoped.get(t, False) else []
-        if not held:
-            continue
+    for at, n in zip(first.tolist(), copies.tolist(), strict=True):
+        held = [(int(rank[k]), int(local[k])) for k in range(at, at + n)]
         entries = [rows[r][i] for r, i in held]
-        kind = entries[0][4]
-        name = tensors[t].name
+        name = tensors[int(tensor[at])].name
         if len({r for r, _ in held}) < len(held):
             raise LayoutError(f"tensor {name!r}: rank {held[0][0]} declares one box twice")
-        if kind == SHARD and sum(e[6] == 0 for e in entries) > 1:
-            who = [r for (r, _), e in zip(held, entries, strict=True) if e[6] == 0]
+        originals = [r for (r, _), e in zip(held, entries, strict=True) if e[6] == 0]
+        if entries[0][4] == SHARD and len(originals) > 1:
             raise LayoutError(
-                f"tensor {name!r}: ranks {who[:8]} all declare the same box; mark the copies with replica=1, 2, ..."
+                f"tensor {name!r}: ranks {originals[:8]} all declare the same box; mark the copies with replica=1, 2, ..."
             )
-        if kind == MESH:
-            if len({e[5] for e in entries}) == 1:
-                scoped[t] = len(claims) > 64  # one mesh: at scale the first box speaks for the tensor
-            elif len({int(claims[r].digest[i]) for r, i in held}) > 1:
-                raise LayoutError(
-                    f"tensor {name!r}: ranks {[r for r, _ in held][:8]} hold different values under this name on "
-                    "different meshes; give experts and pipeline stages global names"
-                )
+        if entries[0][4] == MESH and len({int(claims[r].digest[i]) for r, i in held}) > 1:
+            raise LayoutError(
+                f"tensor {name!r}: ranks {[r for r, _ in held][:8]} hold different values under this name on "
+                "different meshes; give experts and pipeline stages global names"
+            )
 
 
 def _check_coverage(tensors: Sequence[TensorSpec], tensor: npt.NDArray[np.int64], box: npt.NDArray[np.int64]) -> None:
@@ -331,39 +329,55 @@ def _spread(
     Holders form sets; the bytes shared by one set are one line, cut where `_water_fill` says. Repeating over the
     sets is coordinate descent on the sum of squared loads, so sets that overlap in any way end balanced, too.
     """
-    sets: dict[tuple[int, ...], list[int]] = {}
-    for g, (at, n) in enumerate(zip(first.tolist(), copies.tolist(), strict=True)):
-        sets.setdefault(tuple(rank[at : at + n].tolist()), []).append(g)
-    holders = {s: np.array(s) for s in sets}
-    total = {s: float(nbytes[groups].sum()) for s, groups in sets.items()}
-    share = {s: np.zeros(len(s)) for s in sets}
-    by_freedom = sorted(sets, key=lambda s: (len(s), s))
+    sets = _holder_sets(rank, first, copies)
+    holders = [members for members, _ in sets]
+    total = [float(nbytes[groups].sum()) for _, groups in sets]
+    share = [np.zeros(len(members)) for members in holders]
     for _ in range(1 if len(sets) == 1 else 8):
         moved = 0.0
-        for s in by_freedom:
-            load[holders[s]] -= share[s]
-            new = _water_fill(load[holders[s]], total[s])
-            moved = max(moved, float(np.abs(new - share[s]).max()))
-            share[s] = new
-            load[holders[s]] += new
+        for k, members in enumerate(holders):
+            load[members] -= share[k]
+            new = _water_fill(load[members], total[k])
+            moved = max(moved, float(np.abs(new - share[k]).max()))
+            share[k] = new
+            load[members] += new
         if moved < _MIN_SPLIT:
             break
-    out: list[tuple[int, int, int, Box]] = []
-    for s in by_freedom:
-        cuts = np.cumsum(share[s])
-        at = 0.0
-        for g in sets[s]:
-            row = int(first[g])
-            t = int(tensor[row])
-            whole = _to_box(box[row], len(tensors[t].shape))
-            for member, part in _cut(whole, int(item[t]), at, int(nbytes[g]), cuts):
-                out.append((s[member], t, int(local[row + member]), part))
-            at += float(nbytes[g])
-    columns = np.zeros((len(out), 2, box.shape[2]), dtype=np.int64)
-    for k, (_, _, _, part) in enumerate(out):
+    parts: list[Part] = []
+    cut: list[tuple[int, int, int, Box]] = []
+    for (members, groups), shares in zip(sets, share, strict=True):
+        cuts, size = np.cumsum(shares), nbytes[groups]
+        at = np.cumsum(size) - size
+        member = np.minimum(np.searchsorted(cuts, at + np.minimum(size, _MIN_SPLIT) / 2, side="right"), len(cuts) - 1)
+        fits = (at + size - cuts[member] < _MIN_SPLIT) | (member == len(cuts) - 1)
+        row = first[groups]
+        whole_row = row[fits]
+        parts.append((members[member[fits]], tensor[whole_row], local[whole_row + member[fits]], box[whole_row]))
+        for k in np.flatnonzero(~fits).tolist():
+            t = int(tensor[row[k]])
+            piece = _to_box(box[row[k]], len(tensors[t].shape))
+            for m, part in _cut(piece, int(item[t]), float(at[k]), int(size[k]), cuts):
+                cut.append((int(members[m]), t, int(local[row[k] + m]), part))
+    columns = np.zeros((len(cut), 2, box.shape[2]), dtype=np.int64)
+    for k, (_, _, _, part) in enumerate(cut):
         columns[k, 0, : len(part.offset)], columns[k, 1, : len(part.shape)] = part.offset, part.shape
-    meta = np.array([[r, t, i] for r, t, i, _ in out], dtype=np.int64)
-    return [(meta[:, 0], meta[:, 1], meta[:, 2], columns)]
+    meta = np.array([[r, t, i] for r, t, i, _ in cut], dtype=np.int64).reshape(-1, 3)
+    return [*parts, (meta[:, 0], meta[:, 1], meta[:, 2], columns)]
+
+
+def _holder_sets(
+    rank: npt.NDArray[np.int64], first: npt.NDArray[np.int64], copies: npt.NDArray[np.int64]
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """(ranks, shared fragments) for every set of ranks that hold the same fragments, the smallest sets first."""
+    out: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    for n in np.unique(copies).tolist():
+        here = np.flatnonzero(copies == n)
+        members = rank[first[here][:, None] + np.arange(n)]
+        unique, which = np.unique(members, axis=0, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        bounds = np.searchsorted(which.reshape(-1)[order], np.arange(len(unique) + 1))
+        out += [(unique[k], here[order[bounds[k] : bounds[k + 1]]]) for k in range(len(unique))]
+    return out
 
 
 def _water_fill(load: npt.NDArray[np.float64], amount: float) -> npt.NDArray[np.float64]:

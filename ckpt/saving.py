@@ -212,8 +212,12 @@ def _digest(held: Held) -> int:
         source = Source(view)
         for start in range(0, source.nbytes, BLOCK):
             n = min(BLOCK, source.nbytes - start)
-            source.into(start, scratch[:n])
-            h.update(crc32c(scratch[:n]).to_bytes(4, "little"))
+            if source.flat is not None:
+                block = source.flat[start : start + n]
+            else:
+                block = scratch[:n]
+                source.into(start, block)
+            h.update(crc32c(block).to_bytes(4, "little"))
     return int.from_bytes(h.digest(), "little") | 1
 
 

@@ -56,15 +56,15 @@ class Source:
     def __init__(self, view: torch.Tensor) -> None:
         self._view = view
         self.nbytes = view.numel() * view.element_size()
-        self._flat: Bytes | None = None
+        self.flat: Bytes | None = None  # the bytes themselves, where they lie in one piece
         if view.is_contiguous() and view.device.type == "cpu" and self.nbytes:
             memory = (ctypes.c_ubyte * self.nbytes).from_address(view.data_ptr())
-            self._flat = np.frombuffer(memory, dtype=np.uint8)
+            self.flat = np.frombuffer(memory, dtype=np.uint8)
 
     def into(self, start: int, out: Bytes) -> None:
         """Copies bytes [start, start+len(out)) of the fragment, row-major. Both ends are on elements."""
-        if self._flat is not None:
-            np.copyto(out, self._flat[start : start + len(out)])
+        if self.flat is not None:
+            np.copyto(out, self.flat[start : start + len(out)])
             return
         size = self._view.element_size()
         at = 0

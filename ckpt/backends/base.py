@@ -13,7 +13,10 @@ from typing import Protocol
 
 from ckpt.errors import UsageError
 
-__all__ = ["Backend", "Buffer", "Entry", "Upload", "check_path"]
+__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "Upload", "check_path"]
+
+TEMPORARY = ".ckpt-tmp-"
+"""How the names of files begin that a backend makes on the way to another; what a crash leaves of them is litter."""
 
 Buffer = memoryview
 """A writable or readable, contiguous view of bytes."""
@@ -80,7 +83,7 @@ class Backend(Protocol):
         ...
 
     def delete(self, path: str) -> None:
-        """Removes an object; nothing happens if there is none."""
+        """Removes an object, or a folder with nothing in it; nothing happens if there is none."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from ckpt.backends.base import Buffer, Entry, check_path
+from ckpt.backends.base import TEMPORARY, Buffer, Entry, check_path
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, StorageError
 from ckpt.faults import point
 
@@ -21,7 +21,6 @@ __all__ = ["LocalBackend"]
 _PAGE = 4096
 _IOV_MAX = 1024
 _OPEN_FILES = 64
-_TEMPORARY = ".ckpt-tmp-"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -67,6 +66,7 @@ class LocalBackend:
             point("local.mkdir")
             with suppress(FileExistsError):
                 os.mkdir(folder)
+            point("local.mkdir.fsync")
             _sync_folder(os.path.dirname(folder))
         return parent
 
@@ -74,7 +74,7 @@ class LocalBackend:
         full = self._at(path)
         with _storage("writing", full):
             parent = self._make_parent(full)
-            temporary = os.path.join(parent, f"{_TEMPORARY}{uuid.uuid4().hex}")
+            temporary = os.path.join(parent, f"{TEMPORARY}{uuid.uuid4().hex}")
             point("local.create.open")
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
@@ -109,7 +109,7 @@ class LocalBackend:
 
     def fetch(self, path: str, limit: int) -> bytes:
         full = self._at(path)
-        with _storage("reading", full), open(full, "rb") as f:
+        with _storage("reading", full), open(_open_file(full), "rb") as f:
             size = os.fstat(f.fileno()).st_size  # a read of `limit` bytes would allocate them
             data = f.read(min(size, limit) + 1)
         if len(data) > limit:
@@ -126,6 +126,8 @@ class LocalBackend:
 
     def list(self, prefix: str) -> list[Entry]:
         full = self._at(prefix) if prefix else self.root
+        if prefix and os.path.islink(full):
+            return []  # it leads out of the root: nothing below it is ours to show, or to delete
         out = []
         with _storage("listing", full):
             try:
@@ -145,11 +147,18 @@ class LocalBackend:
             with self._lock:
                 self._files.pop(full, None)
             folder = os.path.dirname(full)
-            with suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 os.unlink(full)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except IsADirectoryError:
+                folder = full
+            else:
+                point("local.delete.fsync")
                 _sync_folder(folder)  # or a commit, deleted first, could come back after a power loss without its packs
-            while folder != self.root and len(folder) > len(self.root):
+            while len(folder) > len(self.root):
                 try:
+                    point("local.delete.folder")
                     os.rmdir(folder)
                 except OSError:
                     break
@@ -164,7 +173,7 @@ class LocalBackend:
         with self._lock:
             file = self._files.get(full)
             if file is None:
-                file = self._files[full] = _Handle(os.open(full, os.O_RDONLY | os.O_CLOEXEC))
+                file = self._files[full] = _Handle(_open_file(full))
                 if len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
             else:
@@ -192,6 +201,7 @@ class _FileUpload:
         self._direct_fd = -1
         point("local.new.open")
         self._fd = os.open(full, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._made = _identity(os.fstat(self._fd))
         try:
             point("local.new.allocate")
             _allocate(self._fd, size)
@@ -228,9 +238,11 @@ class _FileUpload:
             _sync_folder(os.path.dirname(self._path))
 
     def abort(self) -> None:
-        self._close()
         with suppress(OSError):
-            os.unlink(self._path)
+            point("local.new.abort")
+            if self._made == _identity(os.stat(self._path)):  # somebody else may have cleared it away and begun anew
+                os.unlink(self._path)
+        self._close()
 
     def _close(self) -> None:
         for fd in (self._fd, self._direct_fd):
@@ -238,6 +250,22 @@ class _FileUpload:
                 with suppress(OSError):
                     os.close(fd)
         self._fd = self._direct_fd = -1
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
+
+
+def _open_file(full: str) -> int:
+    """A descriptor for reading a plain file: anything else (a pipe would block) is not what its name says."""
+    fd = os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise NotFoundError(f"{full}: is a folder")
+    raise IntegrityError(f"{full}: is not a plain file")
 
 
 def _allocate(fd: int, size: int) -> None:

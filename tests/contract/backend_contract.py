@@ -286,8 +286,11 @@ class BackendContract:
 
     def test_a_folder_is_no_object(self, backend: Backend) -> None:
         backend.create("a/b", b"1")
-        with pytest.raises(NotFoundError):
-            backend.size("a")
+        for verb in (lambda: backend.size("a"), lambda: backend.fetch("a", 10), lambda: read(backend, "a", 0, 1)):
+            with pytest.raises(NotFoundError):
+                verb()
+        backend.delete("a")
+        assert backend.fetch("a/b", 1) == b"1"
 
     # list
 

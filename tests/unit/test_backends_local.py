@@ -13,6 +13,7 @@ import pytest
 
 from ckpt import faults
 from ckpt.backends import LocalBackend, backend_for, local
+from ckpt.backends.base import TEMPORARY
 from ckpt.errors import CkptError, NotFoundError, StorageError
 
 PAGE = 4096
@@ -64,10 +65,13 @@ NEW = ["open", "allocate", "write", "fsync", "fsync-folder"]
 def test_the_points_below_are_all_there_are(backend: LocalBackend, fail: Callable[[str, int], list[str]]) -> None:
     passed = fail("", 0)
     backend.create("a/b", b"1")
-    assert passed == ["local.mkdir"] * 2 + [f"local.create.{p}" for p in CREATE]
+    assert passed == ["local.mkdir", "local.mkdir.fsync"] * 2 + [f"local.create.{p}" for p in CREATE]
     passed.clear()
     store(backend, "a/c", b"1" * PAGE)
     assert passed == [f"local.new.{p}" for p in NEW]
+    passed.clear()
+    backend.delete("a/b")
+    assert passed == ["local.delete", "local.delete.fsync", "local.delete.folder"]
 
 
 @pytest.mark.parametrize("point", CREATE)
@@ -81,7 +85,7 @@ def test_a_failed_create_says_so(
     assert ("free some space" in str(caught.value)) == (code == errno.ENOSPC)
     faults.install(None)
     before_link = point in ("open", "write", "fsync", "link")
-    names = [f for f in files(tmp_path) if local._TEMPORARY not in f]
+    names = [f for f in files(tmp_path) if TEMPORARY not in f]
     assert names == ([] if before_link else ["root/a/b"])
     assert point == "unlink" or len(files(tmp_path)) == len(names)
 
@@ -130,7 +134,7 @@ def test_create_is_durable_in_the_right_order(
 
     def open_(path: str, *args: int) -> int:
         fd = real_open(path, *args)
-        names[fd] = "file" if local._TEMPORARY in str(path) else str(Path(path).relative_to(tmp_path))
+        names[fd] = "file" if TEMPORARY in str(path) else str(Path(path).relative_to(tmp_path))
         return fd
 
     def fsync(fd: int) -> None:
@@ -240,11 +244,11 @@ def test_fetch_does_not_allocate_its_limit(backend: LocalBackend) -> None:
 
 def test_leftovers_of_a_crash_do_not_disturb(backend: LocalBackend, tmp_path: Path) -> None:
     (tmp_path / "root" / "a").mkdir(parents=True)
-    (tmp_path / "root" / "a" / f"{local._TEMPORARY}0123").write_bytes(b"half")
+    (tmp_path / "root" / "a" / f"{TEMPORARY}0123").write_bytes(b"half")
     backend.create("a/b", b"1")
     assert backend.fetch("a/b", 1) == b"1"
     backend.delete("a/b")
-    assert [e.name for e in backend.list("a")] == [f"{local._TEMPORARY}0123"]
+    assert [e.name for e in backend.list("a")] == [f"{TEMPORARY}0123"]
 
 
 def test_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

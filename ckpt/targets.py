@@ -1,0 +1,381 @@
+"""State + manifest -> what to read, where to, and what to do afterwards: one rank's side of a load, before any byte
+is read."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ckpt.collective import Group
+from ckpt.errors import MismatchError
+from ckpt.format.manifest import Manifest, ObjectEntry
+from ckpt.objects import decode_object
+from ckpt.optim import Owner, for_owner, group_hyper, new_state, regroup
+from ckpt.shards import Held, hold, is_tensor, parts
+from ckpt.state import AUTO, Stateful, module_leaves, owners_of, walk
+
+__all__ = ["LoadOptions", "Matching", "Wanted", "matches"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load.
+
+    only             names or globs of the leaves to load; the rest of the state is left alone
+    rename           {prefix in the checkpoint: prefix in the state}
+    allow_missing    names or globs of leaves that may be absent from the checkpoint (they keep their values)
+    allow_unexpected names or globs of stored leaves that the state need not have
+    cast             convert tensors whose dtype differs (else that is an error)
+    allow_pickle     read objects that were stored with pickle
+    """
+
+    only: Sequence[str] | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    allow_missing: Sequence[str] = ()
+    allow_unexpected: Sequence[str] = ()
+    cast: bool = False
+    allow_pickle: bool = False
+
+    def wants(self, name: str) -> bool:
+        return self.only is None or matches(name, self.only)
+
+    def stored_name(self, name: str) -> str:
+        for stored, here in self.rename.items():
+            if name == here or name.startswith(here.rstrip(".") + "."):
+                return stored.rstrip(".") + name[len(here.rstrip(".")) :]
+        return name
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a leaf is named by one of the patterns: a glob, a name, or the name of something above it."""
+    return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor to load: where from (index in the manifest) and where to."""
+
+    index: int
+    held: Held
+
+
+class Matching:
+    """One rank's walk over a state for a load: collects what to read and what to do afterwards. Nothing is changed
+    before `run`, except that missing optimizer state and meta tensors get memory."""
+
+    def __init__(self, manifest: Manifest, options: LoadOptions, group: Group) -> None:
+        self.manifest, self.options, self.group = manifest, options, group
+        self.tensors: dict[str, Wanted] = {}
+        self.used_objects: set[str] = set()
+        self.strict: set[str] = set()
+        self.notes: list[str] = []
+        self.tolerated: list[str] = []
+        self.problems: dict[str, list[str]] = {}
+        self.finish: list[Callable[[], None]] = []
+        self._objects: dict[str, list[ObjectEntry]] = {}
+        for o in manifest.objects:
+            self._objects.setdefault(o.name, []).append(o)
+
+    def letter(self) -> bytes:
+        used = np.zeros(len(self.manifest.tensors), dtype=bool)
+        used[[w.index for w in self.tensors.values()]] = True
+        head = json.dumps(
+            {"problems": self.problems, "objects": sorted(self.used_objects), "strict": sorted(self.strict)}
+        ).encode()
+        return len(head).to_bytes(8, "little") + head + np.packbits(used).tobytes()
+
+    # What is stored, as this rank sees it.
+
+    def _find(self, name: str) -> int | None:
+        m = self.manifest
+        stored = m.aliases.get(name, name)
+        found = m.by_key.get(stored)
+        if found is None and stored in m.has_variants:
+            return m.by_key[f"{stored}@{self._variant(stored, m.has_variants[stored])}"]
+        return found
+
+    def _variant(self, name: str, variants: Sequence[str]) -> str:
+        """Which of several per-rank values is this rank's."""
+        rank = self.group.rank % max(1, self.manifest.world)
+        mine = f"rank={rank}" if f"rank={rank}" in variants else sorted(variants, key=_rank_of)[rank % len(variants)]
+        if self.manifest.world != self.group.world:
+            self.notes.append(
+                f"{name!r} is stored per rank for {self.manifest.world} ranks; rank {self.group.rank} of "
+                f"{self.group.world} takes the one of {mine}"
+            )
+        return mine
+
+    def _object(self, name: str, policy: str = AUTO) -> ObjectEntry | None:
+        entries = self._objects.get(name)
+        if not entries:
+            return None
+        self.used_objects.add(name)
+        if len(entries) == 1 and entries[0].scope == "replicated":
+            return entries[0]
+        by_scope = {e.scope: e for e in entries}
+        if "=" in policy and not policy.startswith("rank="):
+            if policy not in by_scope:
+                self._problem(
+                    "no value for this mesh coordinate", f"{name} at {policy} (stored: {', '.join(sorted(by_scope))})"
+                )
+            return by_scope.get(policy)
+        return by_scope[self._variant(name, list(by_scope))]
+
+    def _decode(self, entry: ObjectEntry, tensor: Callable[[str], Any] | None = None) -> Any:
+        return decode_object(
+            entry.encoding, entry.value, f"object {entry.name!r}", allow_pickle=self.options.allow_pickle, tensor=tensor
+        )
+
+    def _problem(self, kind: str, what: str) -> None:
+        self.problems.setdefault(kind, []).append(what)
+
+    def _missing(self, name: str) -> None:
+        if matches(name, self.options.allow_missing):
+            self.tolerated.append(name)
+        else:
+            self._problem("missing from the checkpoint", name)
+
+    # The walk.
+
+    def visit(self, state: Any) -> None:
+        modules = [(key, value) for key, value, _, _ in walk(state) if isinstance(value, nn.Module)]
+        for key, module in modules:
+            _give_memory(module, key, self.options)
+        owners = owners_of(state)
+        for name, value, policy, setter in walk(state):
+            if isinstance(value, nn.Module):
+                self._module(name, value, owners)
+            elif isinstance(value, torch.optim.Optimizer):
+                self._optimizer(name, value, owners)
+            elif is_tensor(value):
+                self._tensor(name, value)
+            elif isinstance(value, Stateful):
+                self._stateful(name, value, policy)
+            elif setter is not None and self.options.wants(name):
+                entry = self._object(self.options.stored_name(name), policy)
+                if entry is None:
+                    self._missing(name)
+                else:
+                    self._later(setter, entry)
+
+    def _later(self, setter: Callable[[Any], None], entry: ObjectEntry) -> None:
+        value = self._decode(entry, self._fresh if '"$":"tensor"' in entry.value else None)
+        self.finish.append(lambda: setter(value))
+
+    def _tensor(self, name: str, value: Any) -> None:
+        for inner_name, inner in parts(name, value) if not isinstance(value, Held) else ((name, value),):
+            if not self.options.wants(inner_name):
+                continue
+            index = self._find(self.options.stored_name(inner_name))
+            if index is None:
+                self._missing(inner_name)
+                continue
+            held = inner if isinstance(inner, Held) else hold(inner_name, inner)
+            spec = self.manifest.tensors[index]
+            if spec.shape != held.shape:
+                self._problem(
+                    "of another shape", f"{inner_name} (state {list(held.shape)}, checkpoint {list(spec.shape)})"
+                )
+            elif spec.dtype != held.dtype and not self.options.cast:
+                self._problem("of another dtype", f"{inner_name} (state {held.dtype}, checkpoint {spec.dtype})")
+            else:
+                self.manifest.check_coverage(index)
+                self.tensors[inner_name] = Wanted(index, held)
+
+    def _fresh(self, stored_name: str) -> torch.Tensor:
+        """A new tensor for a stored one that the state has no place for (inside a value)."""
+        index = self._find(stored_name)
+        if index is None:
+            raise MismatchError(f"the checkpoint speaks of tensor {stored_name!r} but does not hold it")
+        spec = self.manifest.tensors[index]
+        tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        self.manifest.check_coverage(index)
+        self.tensors[f"{stored_name} (new)"] = Wanted(index, hold(stored_name, tensor))
+        return tensor
+
+    def _module(self, key: str, module: nn.Module, owners: Mapping[int, tuple[Owner, ...]]) -> None:
+        self.strict.add(self.options.stored_name(key))
+        seen: dict[int, str] = {}
+        for name, owner, attribute, tensor in module_leaves(module):
+            full = f"{key}.{name}"
+            if tensor is None:
+                self._value(full, owner.set_extra_state)
+            elif id(tensor) in seen:
+                self._tied(full, tensor, seen[id(tensor)])
+            elif id(tensor) in owners and owners[id(tensor)][0].held.kind == "shard":
+                seen[id(tensor)] = full
+                for o in owners[id(tensor)]:
+                    self._tensor(f"{key}.{o.name}", o.held)
+            elif attribute != "_flat_param":
+                seen[id(tensor)] = full
+                self._tensor(full, tensor)
+
+    def _tied(self, name: str, tensor: torch.Tensor, first: str) -> None:
+        """A further name of a tensor: used up, and loaded under it if the checkpoint lacks the first one."""
+        index = self._find(self.options.stored_name(name))
+        if index is None:
+            return
+        missing = self.problems.get("missing from the checkpoint", [])
+        if first in missing:
+            missing.remove(first)
+            if not missing:
+                del self.problems["missing from the checkpoint"]
+            self._tensor(name, tensor)
+        elif first in self.tensors and self.tensors[first].index != index:
+            self.notes.append(f"{name!r} is tied to {first!r} in the state but stored apart; {first!r} was taken")
+            self.tensors[f"{name} (tied)"] = Wanted(index, Held("", (), (), ""))
+
+    def _value(self, name: str, setter: Callable[[Any], None]) -> None:
+        """One value of a `Stateful`, with the tensors inside it."""
+        if not self.options.wants(name):
+            return
+        entry = self._object(self.options.stored_name(name))
+        if entry is None:
+            self._missing(name)
+            return
+        self._later(setter, entry)
+
+    def _optimizer(self, key: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[Owner, ...]]) -> None:
+        """Parameters that were saved without state end without state: an optimizer before its first step, or a
+        parameter that never had a gradient, resumes as it was."""
+        if self.options.only is not None and not any(
+            p == key or p.startswith(f"{key}.") or "*" in p for p in self.options.only
+        ):
+            return
+        stored = self.options.stored_name(key)
+        self.strict.add(stored)
+        tables = [self._decode(e) for e in self._objects.get(f"{stored}.groups", [])]
+        if not tables:
+            self._missing(f"{key}.groups")
+            return
+        self.used_objects.add(f"{stored}.groups")
+        hyper = group_hyper(tables)
+        by_param = self._state_names(stored)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                for owner in owners.get(id(p), ()):
+                    if owner.name not in hyper:
+                        self._missing(f"{key}.state.{owner.name}")
+                        continue
+                    self._parameter_state(key, stored, optimizer, p, owner, by_param.get(owner.name, {}))
+
+        def apply() -> None:
+            problems = list(regroup(key, optimizer, owners, hyper))
+            if problems:
+                raise MismatchError("; ".join(problems))
+
+        self.finish.append(apply)
+
+    def _state_names(self, stored: str) -> dict[str, dict[str, str]]:
+        """Parameter -> {state name: stored leaf}, for one optimizer."""
+        prefix = f"{stored}.state."
+        names = [t.name for t in self.manifest.tensors] + [o.name for o in self.manifest.objects]
+        out: dict[str, dict[str, str]] = {}
+        for name in names:
+            if name.startswith(prefix):
+                param, _, state = name[len(prefix) :].rpartition(".")
+                out.setdefault(param, {})[state] = name
+        return out
+
+    def _parameter_state(
+        self,
+        key: str,
+        stored: str,
+        optimizer: torch.optim.Optimizer,
+        p: torch.Tensor,
+        owner: Owner,
+        names: Mapping[str, str],
+    ) -> None:
+        prefix = f"{key}.state.{owner.name}"
+        if not names:
+            self.finish.append(lambda: optimizer.state.pop(p, None) and None)
+            return
+        if owner.held.kind == "shard" and not owner.held.pieces and not optimizer.state.get(p):
+            return  # a flat parameter of which nothing is here
+        if not self.options.wants(prefix) and not any(self.options.wants(f"{prefix}.{n}") for n in names):
+            return
+        state = optimizer.state[p]
+        for name in state:
+            if name not in names and is_tensor(state[name]):
+                self._missing(f"{prefix}.{name}")
+        for name, leaf in sorted(names.items()):
+            index = self._find(leaf)
+            if index is None:
+                entry = self._object(leaf)
+                if entry is not None:
+                    value = self._decode(entry)
+                    self.finish.append(lambda n=name, v=value: state.__setitem__(n, v))  # type: ignore[misc]
+                continue
+            if not isinstance(state.get(name), torch.Tensor):
+                spec = self.manifest.tensors[index]
+                flat = owner.start is not None or owner.held.kind == "shard"
+                shape = tuple(p.shape) if flat and spec.shape == owner.held.shape else spec.shape
+                state[name] = new_state(p, owner, shape, getattr(torch, spec.dtype))
+            self._tensor(f"{prefix}.{name}", for_owner(owner, f"{prefix}.{name}", p, state[name]))
+
+    def _stateful(self, key: str, value: Stateful, policy: str) -> None:
+        """Rebuilds the state_dict that was saved: tensors into the target's own where they fit, values decoded."""
+        stored = self.options.stored_name(key)
+        if not self.options.wants(key) and not (
+            self.options.only and any(p.startswith(key) for p in self.options.only)
+        ):
+            return
+        whole = self._object(stored, policy)
+        if whole is not None:
+            content = self._decode(whole, self._fresh)
+            self.finish.append(lambda: value.load_state_dict(content))
+            return
+        mine = value.state_dict()
+        out: dict[str, Any] = {}
+        prefix = f"{stored}."
+        inner = [f"{e.name}." for e in self.manifest.objects if e.name.startswith(prefix) and '"$":"tensor"' in e.value]
+        for name in sorted({e.name for e in self.manifest.objects if e.name.startswith(prefix)}):
+            if not self.options.wants(f"{key}.{name[len(prefix) :]}"):
+                continue
+            entry = self._object(name, policy)
+            if entry is not None:
+                out[name[len(prefix) :]] = self._decode(entry, self._fresh)
+        own = {k: v for k, v in mine.items() if is_tensor(v)}
+        for name, tensor in own.items():
+            self._tensor(f"{key}.{name}", tensor)
+            out[name] = tensor
+        if not own:
+            for spec in self.manifest.tensors:
+                if spec.name.startswith(prefix) and not any(spec.name.startswith(i) for i in inner):
+                    out.setdefault(spec.name[len(prefix) :], self._fresh(spec.name))
+        for name in mine:
+            if name not in out and name not in own:
+                self._missing(f"{key}.{name}")
+                out[name] = mine[name]
+        if not out and not mine:
+            return
+        ordered = {k: out[k] for k in [*(k for k in mine if k in out), *(k for k in out if k not in mine)]}
+        self.finish.append(lambda: value.load_state_dict(ordered))
+
+
+def _rank_of(variant: str) -> int:
+    digits = variant.removeprefix("rank=")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _give_memory(module: nn.Module, key: str, options: LoadOptions) -> None:
+    """Gives CPU memory to what a module has on the meta device. The tensors keep their identity, so optimizers that
+    hold them still do. Buffers that are not stored cannot be loaded: they are named in the error."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.is_meta and name in owner._non_persistent_buffers_set:
+                raise MismatchError(
+                    f"buffer {name!r} is on the meta device but not part of the state; initialise it before loading"
+                )
+    for name, _, _, tensor in module_leaves(module):
+        if tensor is not None and tensor.is_meta and options.wants(f"{key}.{name}"):
+            new = torch.empty_like(tensor, device="cpu")
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
