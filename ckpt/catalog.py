@@ -79,13 +79,14 @@ def parse_ref(ref: str | os.PathLike[str]) -> Ref:
     """Splits a ref. Raises UsageError for an unknown word after "@"."""
     text = os.fspath(ref).rstrip("/")
     head, at, which = text.rpartition("@")
-    if at and "/" not in which:
+    if at and ("/" not in which or which.startswith("best:")):
         if not (which in ("latest", "best") or which.startswith("best:") or which.isdecimal()):
             raise UsageError(f"ref {text!r}: after '@' say latest, best, best:METRIC or a step number")
         return Ref(head, which)
     folder = text.rpartition("/")[2]
     if _STEP.fullmatch(folder):
-        return Ref(text[: -len(folder)].rstrip("/") or "/", folder)
+        above = text[: -len(folder)]
+        return Ref(above.rstrip("/") or above or ".", folder)
     return Ref(text, "latest")
 
 
@@ -167,7 +168,7 @@ def resolve(ref: str | os.PathLike[str]) -> tuple[Backend, Commit]:
 
 def _nothing(ref: Ref, listing: Listing) -> str:
     steps = [s.step for s in listing.committed]
-    broken = [s for s in listing.steps if s.error]  # for `best`, which cannot tell their metrics
+    broken = [s for s in listing.steps if s.error]
     text = f"{listing.run}: no committed checkpoint" + (f" of step {ref.which}" if ref.which.isdecimal() else "")
     if steps:
         text += f"; committed steps are {', '.join(map(str, steps[-5:]))}" + (" (the last 5)" if len(steps) > 5 else "")
@@ -246,12 +247,23 @@ class KeepBest:
 
 
 def kept(listing: Listing, policies: Sequence[Policy]) -> dict[str, bool]:
-    """Folder -> whether to keep it, over the committed steps. The latest step and every generation's parent are
-    always kept; with no policy everything is."""
-    steps = listing.committed
-    keep = [any(row) for row in zip(*(p(steps) for p in policies), strict=True)] if policies else [True] * len(steps)
-    needed = {s.folder for s in lineage(listing)[:1]}
-    return {s.folder: k or s.folder in needed for s, k in zip(steps, keep, strict=True)}
+    """Folder -> whether to keep it, over the committed steps. The latest step is always kept; with no policy
+    everything is.
+
+    A policy is asked twice: about the steps that lead to the present, so that a rollback does not make it keep
+    what was left behind instead of them; and about all, what was left behind counting as older.
+    """
+    present = lineage(listing)[::-1]
+    ours = {s.folder for s in present}
+    steps = [*(s for s in listing.committed if s.folder not in ours), *present]
+    keep = {s.folder: not policies for s in listing.committed}
+    for group in (present, steps):
+        for policy in policies:
+            for s, k in zip(group, policy(group), strict=True):
+                keep[s.folder] = keep[s.folder] or k
+    for s in (present or steps)[-1:]:
+        keep[s.folder] = True
+    return keep
 
 
 def delete_step(backend: Backend, folder: str) -> None:
@@ -286,8 +298,8 @@ def leftovers(backend: Backend, listing: Listing, min_age: float) -> list[str]:
             inside = backend.list(e.name)
             found += [(f"{e.name}/", x) for x in inside if x.folder and x.name != step.commit.attempt]
             found += [(f"{e.name}/", x) for x in inside if x.name.startswith(TEMPORARY)]
-            kept = f"{e.name}/{step.commit.attempt}"
-            found += [(f"{kept}/", x) for x in backend.list(kept) if x.name.startswith(TEMPORARY)]
+            own = f"{e.name}/{step.commit.attempt}"
+            found += [(f"{own}/", x) for x in backend.list(own) if x.name.startswith(TEMPORARY)]
     found += [("ledger/", x) for x in backend.list("ledger") if x.name.startswith(TEMPORARY)]
     before = time.time() - min_age
     return [at + e.name for at, e in found if max(e.modified, _newest(backend, at + e.name)) <= before]

@@ -14,11 +14,11 @@ from typing import Any
 from ckpt.backends import Backend, backend_for
 from ckpt.catalog import Policy, delete_step, generations_in_use, kept, lineage, list_run, parse_ref, write_ledger
 from ckpt.collective import Group, current_group
-from ckpt.commit import Commit, open_generation, read_commit
+from ckpt.commit import open_generation
 from ckpt.config import Every, settings
 from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError, UsageError
-from ckpt.format.codec import CodecRule, parse_codecs
-from ckpt.loading import LoadOptions, LoadReport, load_commit, load_ref
+from ckpt.format.codec import Codec, CodecRule, parse_codecs
+from ckpt.loading import LoadOptions, LoadReport, load_folder, load_ref
 from ckpt.saving import Planner, SaveReport, save_state
 
 __all__ = ["Checkpointer", "CloseReport", "load", "save"]
@@ -92,17 +92,25 @@ def _save(
     group: Group,
     planner: Planner,
 ) -> SaveReport:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise UsageError(f"step={step!r}: a whole number, 0 or more")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
+        raise UsageError(f"step={step!r}: a whole number, 0 or more, of at most 18 digits")
+    numbers: dict[str, float] = {}
+    codecs: tuple[tuple[str, Codec], ...] = ()
+    failure: Exception | None = None
+    try:
+        numbers, codecs = _numbers(metrics), parse_codecs(codec)
+    except UsageError as e:
+        failure = e
     report = save_state(
         backend,
         state,
         step=step,
         generation=generation,
-        metrics=_numbers(metrics),
-        codecs=parse_codecs(codec),
+        metrics=numbers,
+        codecs=codecs,
         group=group,
         planner=planner,
+        failure=failure,
     )
     if report.per_rank and group.rank == 0:
         names = ", ".join(report.per_rank[:10])
@@ -118,8 +126,8 @@ def _numbers(metrics: Metrics | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            raise UsageError(f"metric {name!r}: {value!r} is not a number") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's own for a tensor of many elements
+            raise UsageError(f"metric {name!r}: {value!r:.200} is not a number") from None
         if number - number == 0:
             out[str(name)] = number
     return out
@@ -212,8 +220,7 @@ class Checkpointer:
         folders = [f for f in answer.split("\n") if f]
         for i, folder in enumerate(folders):
             try:
-                commit = self._commit_of(folder)
-                self.last_load = load_commit(self._state, self._backend, commit, options, self._group)
+                self.last_load = load_folder(self._state, self._backend, folder, options, self._group)
                 return folder
             except (IntegrityError, FormatError, NotFoundError) as e:
                 if i + 1 == len(folders):
@@ -225,14 +232,10 @@ class Checkpointer:
 
     def _candidates(self) -> list[str]:
         listing = list_run(self._backend)
-        steps = lineage(listing)
-        for s in listing.steps:
-            if s.error:
-                log.error("ckpt: %s/%s is damaged and was passed over: %s", self._backend.root, s.folder, s.error)
-        return [s.folder for s in steps]
-
-    def _commit_of(self, folder: str) -> Commit:
-        return read_commit(self._backend, folder)
+        for g in listing.generations:
+            if g.error:
+                log.error("ckpt: where generation %d came from is not known any more: %s", g.generation, g.error)
+        return [s.folder for s in lineage(listing, damaged=True)]
 
     def _open_generation(self, parent: str | None) -> None:
         def decide(_: list[bytes]) -> bytes:
@@ -249,19 +252,21 @@ class Checkpointer:
         self.report.steps += 1
         self._step = step
         self._note(step, metrics)
-        if not self._due(step):
-            return None
         try:
-            return self._store(step)
-        except CkptError as e:
-            log.error("ckpt: step %d was not saved, training goes on: %s", step, e)
+            return self._store(step) if self._due(step) else None
+        except Exception as e:
+            self._log_failure(f"step {step} was not saved, training goes on", e)
             return None
 
     def _due(self, step: int) -> bool:
         """All ranks must answer alike, so that clocks decide only on the leader."""
         if self._every.minutes is None:
             return self._every.due(step, self._last)
-        answer = self._group.round(f"due {step}", b"", lambda _: b"1" if self._every.due(step, self._last) else b"")
+        try:
+            answer = self._group.round(f"due {step}", b"", lambda _: b"1" if self._every.due(step, self._last) else b"")
+        except Exception as e:
+            self._count_failure(e)
+            raise
         return bool(answer)
 
     def record(self, step: int, metrics: Metrics) -> None:
@@ -284,8 +289,8 @@ class Checkpointer:
         if self._step is not None and self._saved_step != self._step:
             try:
                 self._store(self._step)
-            except CkptError as e:
-                log.error("ckpt: the last step, %d, was not saved: %s", self._step, e)
+            except Exception as e:
+                self._log_failure(f"the last step, {self._step}, was not saved", e)
         self._write_ledger()
         self._backend.close()
         return self.report
@@ -323,9 +328,8 @@ class Checkpointer:
                 self._group,
                 self._planner,
             )
-        except CkptError as e:
-            self.report.failed += 1
-            self.report.last_error = f"{e.kind}: {e}"
+        except Exception as e:
+            self._count_failure(e)
             raise
         finally:
             self._last = time.monotonic()
@@ -337,6 +341,14 @@ class Checkpointer:
         self._write_ledger()
         self._retain()
         return report
+
+    def _count_failure(self, e: Exception) -> None:
+        self.report.failed += 1
+        self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"
+
+    def _log_failure(self, what: str, e: Exception) -> None:
+        """Once, with the cause; with the way to it only if it is not one of ours."""
+        log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)
 
     def _write_ledger(self) -> None:
         rows, self._ledger = self._ledger, []

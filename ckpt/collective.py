@@ -226,6 +226,8 @@ def _shared(store: Any, rank: int, world: int) -> Group:
 
 def _under_mpi() -> bool:
     """Started by an mpiexec with more than one process (the variables of MPICH, Intel MPI, Slurm's PMI, Open MPI)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
     return any(int(os.environ.get(name) or 1) > 1 for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
 
 

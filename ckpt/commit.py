@@ -10,7 +10,7 @@ import datetime
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -200,8 +200,12 @@ def commit_step(
     aliases: Mapping[str, str],
     reports: Sequence[PackReport | None],
     metrics: Mapping[str, float],
+    publishing: Callable[[], None] = lambda: None,
 ) -> Commit:
-    """Writes the manifest of what all ranks reported (None: nothing to write), then the commit."""
+    """Writes the manifest of what all ranks reported (None: nothing to write), then the commit.
+
+    `publishing` is called between the two: from then on the checkpoint may exist, whatever happens here.
+    """
     world = len(reports)
     wrote = [r for r in range(world) if reports[r] is not None]
     done = [report for report in reports if report is not None]
@@ -251,6 +255,7 @@ def commit_step(
         metrics=dict(metrics),
         writer=writer,
     )
+    publishing()
     publish(backend, commit)
     return commit
 

@@ -28,7 +28,7 @@ from ckpt.read import ReadStats, Target, read_targets
 from ckpt.shards import dtype_name
 from ckpt.targets import LoadOptions, Matching, matches
 
-__all__ = ["LoadOptions", "LoadReport", "load_commit", "load_ref"]
+__all__ = ["LoadOptions", "LoadReport", "load_folder", "load_ref"]
 
 log = logging.getLogger("ckpt")
 _STAGE = 64 << 20
@@ -60,38 +60,40 @@ def load_ref(state: Any, ref: str | os.PathLike[str], options: LoadOptions, grou
 
     root, memory, folder = json.loads(group.round("load", b"", decide))
     backend = backend_for(f"memory://{root}" if memory else root)
-    return load_commit(state, backend, read_commit(backend, folder), options, group)
+    return load_folder(state, backend, folder, options, group)
 
 
-def load_commit(state: Any, backend: Backend, commit: Commit, options: LoadOptions, group: Group) -> LoadReport:
+def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions, group: Group) -> LoadReport:
     """Loads one committed step into a state, in place; collective over `group`.
 
     Raises, on every rank: MismatchError with all differences before anything is touched; IntegrityError or
     FormatError for bytes that are not what was written (the state's content is then undefined).
     """
     began = time.monotonic()
+    commit: Commit | None = None
     plan: Matching | None = None
     payload: bytes | Exception
     try:
+        commit = read_commit(backend, folder)
         manifest = read_manifest(backend, commit)
         plan = Matching(manifest, options, group)
         plan.visit(state)
         payload = plan.letter()
     except Exception as e:
         payload = e
-    group.round(f"match {commit.folder}", payload, lambda letters: _compare(letters, plan, options))
-    assert plan is not None
+    group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options))
+    assert commit is not None and plan is not None
     stats = ReadStats()
     try:
-        stats = _read(backend, commit.folder, plan)
+        stats = _read(backend, folder, plan)
         payload = b""
     except Exception as e:
         payload = e
-    group.round(f"loaded {commit.folder}", payload, lambda _: b"")
+    group.round(f"loaded {folder}", payload, lambda _: b"")
     for note in plan.notes:
         log.warning("ckpt: %s", note)
     return LoadReport(
-        ref=f"{backend.root}/{commit.folder}",
+        ref=f"{backend.root}/{folder}",
         step=commit.step,
         generation=commit.generation,
         tensors=len(plan.tensors),

@@ -8,6 +8,7 @@ then nothing is published.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from ckpt.catalog import delete_tree
 from ckpt.collective import Group, decode, encode
 from ckpt.commit import Commit, claim_attempt, commit_step, step_folder
 from ckpt.config import Settings, settings
-from ckpt.errors import LayoutError
+from ckpt.errors import CkptError, DeadlineError, LayoutError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import ObjectEntry
@@ -67,20 +68,17 @@ class Planner:
     plan: Plan | None = None
     plan_key: str = ""
     assignment: _Assignment | None = None
-    ring: Ring | None = None
 
     def reserve(self, config: Settings) -> Ring:
-        if self.ring is None:
-            self.ring = _ring(config)
-        return self.ring
+        return _ring(config)
 
 
-_rings: dict[tuple[int, int, int], Ring] = {}
+_rings: dict[tuple[int, int, int, int], Ring] = {}
 
 
 def _ring(config: Settings) -> Ring:
-    """The process's ring: reserved once, whoever saves."""
-    key = (config.buffer_mib, config.buffers, config.writers)
+    """The process's ring: reserved once, whoever saves. A fork has none of its parent's threads, and needs its own."""
+    key = (os.getpid(), config.buffer_mib, config.buffers, config.writers)
     if key not in _rings:
         _rings[key] = Ring(config)
     return _rings[key]
@@ -106,8 +104,11 @@ def save_state(
     codecs: Sequence[tuple[str, Codec]],
     group: Group,
     planner: Planner,
+    failure: Exception | None = None,
 ) -> SaveReport:
     """Saves one step; collective over `group`. Returns after the commit, on every rank.
+
+    `failure` is what this rank has to say instead of a state: it then fails on all.
 
     Raises on every rank, with nothing published: UsageError or LayoutError for a state that cannot be saved,
     ConflictError if the step exists, StorageError, DeadlineError or PeerError for what failed on the way.
@@ -116,7 +117,7 @@ def save_state(
     folder = step_folder(step, generation)
     lead = _Leader(backend, folder, step, generation, group.world, metrics, codecs, planner)
     try:
-        leaves, assignment, told = _agree(lead, state, group, planner)
+        leaves, assignment, told = _agree(lead, state, group, planner, failure)
         planned = time.monotonic()
         path = f"{folder}/{told['attempt']}/rank-{group.rank:05d}.safetensors"
         report: PackReport | None = None
@@ -131,8 +132,8 @@ def save_state(
         written = time.monotonic()
         answer = group.round(f"commit {folder}", payload, lead.commit)
         total, _ = decode(answer)
-    except BaseException:
-        lead.clean_up(group.rank)
+    except BaseException as e:
+        lead.clean_up(group.rank, e)
         raise
     return SaveReport(
         ref=f"{backend.root}/{folder}",
@@ -148,15 +149,15 @@ def save_state(
 
 
 def _agree(
-    lead: _Leader, state: Any, group: Group, planner: Planner
+    lead: _Leader, state: Any, group: Group, planner: Planner, failure: Exception | None
 ) -> tuple[list[TensorLeaf], _Assignment, dict[str, Any]]:
     """The first round, again while the leader needs more: claims it does not have, digests it cannot do without."""
     again = {"claims": False}
-    failure: Exception | None = None
     leaves, names, claims = Leaves(), [], None
     try:
-        leaves = collect(state)
-        names = sorted(leaves.tensors)
+        if failure is None:
+            leaves = collect(state)
+            names = sorted(leaves.tensors)
     except Exception as e:
         failure = e
     while True:
@@ -165,7 +166,8 @@ def _agree(
             if failure is not None:
                 raise failure
             claims = _claims(leaves, names, planner.digests, group.world)
-            payload = _encode_claims(claims, leaves, again["claims"] or claims.fingerprint != planner.sent)
+            full = again["claims"] or claims.fingerprint != planner.sent
+            payload = _encode_claims(claims, leaves, full, planner.assignment.key if planner.assignment else "")
         except Exception as e:
             payload = e
         head, arrays = decode(group.round(f"plan {lead.folder}", payload, lead.plan))
@@ -221,9 +223,10 @@ def _digest(held: Held) -> int:
     return int.from_bytes(h.digest(), "little") | 1
 
 
-def _encode_claims(claims: Claims, leaves: Leaves, full: bool) -> bytes:
+def _encode_claims(claims: Claims, leaves: Leaves, full: bool, plan: str) -> bytes:
+    """`plan`: the key of the assignment that this rank has, which need not be sent again."""
     objects = [[o.name, o.policy, o.encoding, o.text] for o in leaves.objects.values()]
-    head = {"fingerprint": claims.fingerprint, "objects": objects, "aliases": leaves.aliases}
+    head = {"fingerprint": claims.fingerprint, "objects": objects, "aliases": leaves.aliases, "plan": plan}
     arrays: dict[str, npt.NDArray[Any]] = {"digest": claims.digest}
     if full:
         head["head"] = claims.head
@@ -300,16 +303,13 @@ class _Leader:
                 planner.plan = merge(claims, planner.digests)
             except NeedDigests as e:
                 return [encode({"digests": list(e.names)})] * self.world
-            fresh = True
             planner.plan_key = key
-        else:
-            fresh = False
         self.objects, undeclared = _merge_objects([h["objects"] for h in heads])
         self.aliases = _merge_aliases([h["aliases"] for h in heads])
         self.attempt, self.writer = claim_attempt(self.backend, self.folder, self.world)
         plan = planner.plan
         told = {"attempt": self.attempt, "key": key, "per_rank": [*plan.per_rank, *undeclared]}
-        return [_assignment(plan, rank, told, fresh or "head" in heads[rank]) for rank in range(self.world)]
+        return [_assignment(plan, rank, told, heads[rank]["plan"] != key) for rank in range(self.world)]
 
     def commit(self, letters: list[bytes]) -> bytes:
         """Every rank has written: the manifest, then the commit."""
@@ -317,7 +317,10 @@ class _Leader:
         assert plan is not None
         table, column = _codec_column(plan, self.codecs)
         reports = [_decode_report(m) for m in letters]
-        self.publishing = True
+
+        def publishing() -> None:
+            self.publishing = True
+
         done: Commit = commit_step(
             self.backend,
             step=self.step,
@@ -331,15 +334,25 @@ class _Leader:
             aliases=self.aliases,
             reports=reports,
             metrics=self.metrics,
+            publishing=publishing,
         )
         return encode(done.bytes)
 
-    def clean_up(self, rank: int) -> None:
+    def clean_up(self, rank: int, error: BaseException) -> None:
         """Removes what a failed save left. Only the leader may, and only before it tried to publish: a rank that
-        merely lost touch cannot know that its packs are not part of a commit."""
-        if rank == 0 and self.attempt and not self.publishing:
-            with suppress(Exception):
-                delete_tree(self.backend, f"{self.folder}/{self.attempt}")
+        merely lost touch cannot know that its packs are not part of a commit.
+
+        The claim of the attempt goes last, and stays if a rank may still be writing: its name must not be used again.
+        """
+        if rank != 0 or not self.attempt or self.publishing:
+            return
+        at = f"{self.folder}/{self.attempt}"
+        with suppress(Exception):
+            for entry in self.backend.list(at):
+                if entry.name != "attempt.json":
+                    delete_tree(self.backend, f"{at}/{entry.name}")
+            if isinstance(error, CkptError) and not isinstance(error, DeadlineError):
+                delete_tree(self.backend, at)
 
 
 def _plan_key(claims: Sequence[Claims]) -> str:

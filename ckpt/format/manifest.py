@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -175,7 +176,13 @@ def build_manifest(
     block: npt.NDArray[np.uint32],
     codec: npt.NDArray[np.uint8] | None,
 ) -> Manifest:
-    """Sorts fragments in any order into the manifest's. `boxes` is int64 (n, 2, D), zero-padded to D dimensions."""
+    """Sorts fragments in any order into the manifest's. `boxes` is int64 (n, 2, D), zero-padded to D dimensions.
+
+    Raises FormatError if two tensors would go by one key, as "a@rank=0" and "a" of rank 0 do.
+    """
+    names = Counter(t.key for t in tensors)
+    if len(names) < len(tensors):
+        raise FormatError(f"two tensors are both called {names.most_common(1)[0][0]!r}; rename one of them")
     keys = [boxes[:, 0, d] for d in reversed(range(boxes.shape[2]))]
     order = np.lexsort([*keys, tensor])
     tensor, boxes = tensor[order], boxes[order]

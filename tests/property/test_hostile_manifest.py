@@ -27,7 +27,7 @@ from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest, ObjectEntry, dump_manifest, parse_manifest
 from ckpt.format.pack import TensorSpec
 
-CHECK = settings(max_examples=250, deadline=None, derandomize=True)
+CHECK = settings(max_examples=150, deadline=None, derandomize=True)
 Columns = dict[str, np.ndarray]
 CODES = {"<u4": "U32", "<u8": "U64", "<i8": "I64", "|u1": "U8", "<i4": "I32", "<f8": "F64", "|b1": "BOOL", "<u2": "U16"}
 

@@ -17,7 +17,7 @@ from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest, parse_manifest
 from ckpt.format.pack import ALIGN, TensorSpec
 
-CHECK = settings(max_examples=80, deadline=None, derandomize=True)
+CHECK = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def assert_equal(a: Manifest, b: Manifest) -> None:
@@ -87,6 +87,12 @@ def test_nothing_at_all() -> None:
     m = assemble([], [])[1]
     assert_equal(parse_manifest(dump_manifest(m)), m)
     assert m.nbytes == 0 and len(m.packs) == 0
+
+
+def test_two_keys_that_read_the_same_are_not_written() -> None:
+    clash = [TensorSpec("a@rank=0", "int8", ()), TensorSpec("a", "int8", (), "rank=0")]
+    with pytest.raises(FormatError, match="both called 'a@rank=0'"):
+        assemble(clash, [(0, Box((), ()), 0, None), (1, Box((), ()), 1, None)])
 
 
 def test_damaged_coverage_is_named() -> None:

@@ -1,0 +1,341 @@
+"""The saving side of the DCP adapter: a plan of write items -> one pack a rank -> the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+
+from ckpt.backends import Backend
+from ckpt.catalog import delete_tree
+from ckpt.collective import decode, encode
+from ckpt.commit import Commit, commit_step
+from ckpt.config import settings
+from ckpt.dcp_tree import PATHS, Path, build, default_path, group_leaves, group_tables, join, optimizer_keys
+from ckpt.errors import LayoutError, UsageError
+from ckpt.format.codec import crc32c
+from ckpt.format.dtypes import dtype
+from ckpt.format.fragment import Box, whole
+from ckpt.format.manifest import ObjectEntry
+from ckpt.format.pack import Piece, TensorSpec
+from ckpt.objects import Pickled, encode_object
+from ckpt.plan import SHARD, Claim, Claims, merge
+from ckpt.shards import dtype_name, hold, is_tensor
+from ckpt.write import PackReport, Ring, Source, write_pack
+
+__all__ = ["RAW", "Attempts", "check_plans", "claims_of", "commit", "full_plans", "write_local"]
+
+log = logging.getLogger("ckpt")
+RAW = "__dcp_bytes__"
+"""Marks, as the only key of a dict, bytes that a planner made in a way of its own."""
+_SMALL = 64 << 10
+_writing = Lock()
+
+
+class Attempts:
+    """The attempt that a Writer has open on the coordinator. What a failed save left is removed before the writer's
+    next save, or when nobody holds the writer any more: DCP does not tell a storage that a save failed."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Backend, str]] = []
+        weakref.finalize(self, _discard, self._open)
+
+    def begin(self, backend: Backend, path: str) -> None:
+        self._open.append((backend, path))
+
+    def publishing(self) -> None:
+        """From here on the attempt may be part of a commit, and stays."""
+        self._open.clear()
+
+    def discard(self) -> None:
+        _discard(self._open)
+
+
+def _discard(open_: list[tuple[Backend, str]]) -> None:
+    while open_:
+        with suppress(Exception):
+            delete_tree(*open_.pop())
+
+
+def full_plans(plans: Sequence[SavePlan]) -> list[SavePlan]:
+    """The plans, with those in place that a caching planner left out because they are the same as the last time.
+
+    Ranks would take the plan in their cache, and with it the attempt of an older save.
+    """
+    if all(p.usable for p in plans):
+        return list(plans)
+    cached = list(getattr(SavePlanner, "_cached_global_plan", {}).values())
+    if len(cached) != 1 or len(cached[0]) != len(plans):
+        raise UsageError("plans cached by several planner classes; pass enable_plan_caching=False to the planners")
+    return [p if p.usable else old for p, old in zip(plans, cached[0], strict=True)]
+
+
+def claims_of(specs: Sequence[TensorSpec], boxes: Sequence[Box]) -> Claims:
+    """What one rank writes: boxes of tensors, sorted by name, then by box."""
+    held: dict[str, tuple[TensorSpec, list[Box]]] = {}
+    for spec, box in sorted(zip(specs, boxes, strict=True), key=lambda pair: (pair[0].name, pair[1])):
+        held.setdefault(spec.name, (spec, []))[1].append(box)
+        if not box.within(spec.shape):
+            raise LayoutError(f"tensor {spec.name!r}: box {box} lies outside its shape {spec.shape}")
+    return Claims.of([Claim(spec, tuple(found), SHARD) for spec, found in held.values()])
+
+
+def check_plans(plans: Sequence[SavePlan]) -> None:
+    """Raises LayoutError, naming tensors and ranks, unless the items of all ranks hold every element once."""
+    items = [[i for i in plan.items if i.type != WriteItemType.BYTE_IO] for plan in plans]
+    merge([claims_of([_spec(i) for i in mine], [_box(i) for i in mine]) for mine in items])
+
+
+def _spec(item: WriteItem) -> TensorSpec:
+    assert item.tensor_data is not None
+    name = dtype_name(item.tensor_data.properties.dtype)
+    dtype(name)
+    return TensorSpec(item.index.fqn, name, tuple(item.tensor_data.size))
+
+
+def _box(item: WriteItem) -> Box:
+    assert item.tensor_data is not None
+    return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+
+
+class _Resolved(Source):
+    """The bytes of a write item, asked of the planner when their turn comes: it may allocate memory for them."""
+
+    def __init__(self, planner: SavePlanner, item: WriteItem) -> None:
+        self._planner, self._item = planner, item
+        self.nbytes = _box(item).numel * dtype(_spec(item).dtype).itemsize
+        self._source: Source | None = None
+
+    def into(self, start: int, out: npt.NDArray[np.uint8]) -> None:
+        if self._source is None:
+            self._source = Source(_resolve(self._planner, self._item))
+        self._source.into(start, out)
+        if start + len(out) == self.nbytes:
+            self._source = None
+
+
+def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    """The tensor of an item, plain and as it was planned."""
+    spec, box = _spec(item), _box(item)
+    held = hold(spec.name, planner.resolve_data(item))
+    if (held.dtype, held.shape) != (spec.dtype, box.shape):
+        raise LayoutError(
+            f"tensor {spec.name!r}: planned as {spec.dtype} {box.shape}, the planner gives {held.dtype} {held.shape}"
+        )
+    return held.pieces[0][1]
+
+
+def write_local(
+    backend: Backend, path: str, plan: SavePlan, local: SavePlan | None, planner: SavePlanner, world: int
+) -> tuple[int, bytes]:
+    """Writes this rank's pack, if it has one. Returns its bytes and the message for the coordinator.
+
+    `local`: what this rank held before copies were dropped, if that is known.
+    """
+    if local is None:
+        local = getattr(planner, "_cached_save_plan", {}).get(getattr(planner, "_cached_plans_key", None), plan)
+    values = _Values.of(plan, local, planner)
+    work: list[tuple[TensorSpec, Box, Source]] = [
+        (_spec(i), _box(i), _Resolved(planner, i)) for i in plan.items if i.type != WriteItemType.BYTE_IO
+    ]
+    for name, tensor in values.tensors.items():
+        view = hold(name, tensor).pieces[0][1]
+        spec = TensorSpec(name, dtype_name(view.dtype), tuple(view.shape))
+        work.append((spec, whole(spec.shape), Source(view)))
+    claims = claims_of([spec for spec, _, _ in work], [box for _, box, _ in work])
+    work = sorted((w for w in work if w[1].numel), key=lambda w: (w[0].name, w[1]))
+    report = None
+    if work:
+        with _writing:
+            report = write_pack(backend, path, [Piece(s, b) for s, b, _ in work], [s for _, _, s in work], _ring())
+    plain = list(_small_copies(local, planner)) if world > 1 else []
+    body = json.dumps([values.rows, plain], separators=(",", ":"), ensure_ascii=False).encode()
+    head = {
+        "report": None if report is None else {k: v for k, v in report.__dict__.items() if isinstance(v, int)},
+        "pickled": values.pickled,
+        "body": hashlib.blake2b(body, digest_size=16).hexdigest(),
+    }
+    columns = {} if report is None else {"offset": report.offset, "length": report.length, "block": report.block}
+    parts = {"claims": claims.encode(), "body": zlib.compress(body, 1)}
+    message = encode(head, **columns, **{k: np.frombuffer(v, dtype=np.uint8) for k, v in parts.items()})
+    return (0 if report is None else report.size), message
+
+
+@cache
+def _ring() -> Ring:
+    """A ring for DCP alone: its saves run beside others in threads that know nothing of each other."""
+    return Ring(settings())
+
+
+def _small_copies(local: SavePlan, planner: SavePlanner) -> Iterator[tuple[str, int]]:
+    """(name, CRC) of this rank's small plain tensors, which DCP takes for copies of one another if they share a name.
+
+    Only those are looked at that could be a generator's or a loader's state: to read all would cost as much as a save.
+    """
+    for item in local.items:
+        if item.type == WriteItemType.TENSOR and _box(item).numel * dtype(_spec(item).dtype).itemsize <= _SMALL:
+            source = Source(_resolve(planner, item))
+            data = np.empty(source.nbytes, dtype=np.uint8)
+            if source.nbytes:
+                source.into(0, data)
+            yield item.index.fqn, crc32c(data)
+
+
+@dataclass
+class _Values:
+    """The values of one rank: `rows` [name, encoding, text], and the tensors that were inside those it writes."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    pickled: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of(plan: SavePlan, local: SavePlan, planner: SavePlanner) -> _Values:
+        paths = {**_paths(plan), **_paths(local)}
+        items = {i.index.fqn: i for p in (local, plan) for i in p.items if i.type == WriteItemType.BYTE_IO}
+        mine = {i.index.fqn for i in plan.items}
+        if not hasattr(planner, "lookup_object"):
+            items = {name: i for name, i in items.items() if name in mine}
+        found = {name: _value(planner, item) for name, item in items.items()}
+        out = _Values()
+        stored: dict[str, Any] = {}
+        where: dict[str, Path] = {n: p for n, p in paths.items() if n not in found}
+        for path, leaves in group_leaves(found, paths).items():
+            value = build([(inner, found[leaf]) for leaf, inner in leaves])
+            if out._add(join(path), value, leaves[0][0] in mine, last=len(leaves) == 1 and not leaves[0][1]):
+                stored[join(path)], where[join(path)] = value, path
+                continue
+            for leaf, inner in leaves:
+                out._add(leaf, found[leaf], leaf in mine, last=True)
+                stored[leaf], where[leaf] = found[leaf], (*path, *inner)
+        for name, table in group_tables(stored).items():
+            out._add(name, table, False, last=False)
+            stored[name] = table
+        optimizers = optimizer_keys(stored)
+        odd = {n: list(p) for n, p in sorted(where.items()) if p != default_path(n, optimizers)}
+        if odd:
+            out._add(PATHS, odd, True, last=False)
+        return out
+
+    def _add(self, name: str, value: Any, mine: bool, *, last: bool) -> bool:
+        """Adds a value as JSON, or with `last` as a pickle if that is the only way. Tensors inside it go into the
+        pack of the rank that is to write it; the others leave it out then."""
+        inside: dict[str, torch.Tensor] = {}
+
+        def take(path: str, leaf: Any) -> bool:
+            if is_tensor(leaf):
+                inside[path] = leaf
+            return is_tensor(leaf)
+
+        try:
+            row = [name, *encode_object(value, name, take)]
+        except UsageError:
+            if not last:
+                return False
+            row = [name, *encode_object(Pickled(value), name)]
+            inside.clear()
+            self.pickled.append(name)
+        if mine or not inside:
+            self.rows.append(row)
+            self.tensors |= inside
+        return True
+
+
+def _paths(plan: SavePlan) -> dict[str, Path]:
+    """The planner's map from flat names to paths, where it has one."""
+    data = plan.planner_data
+    return {k: v for k, v in data.items() if isinstance(v, tuple)} if isinstance(data, Mapping) else {}
+
+
+def _value(planner: SavePlanner, item: WriteItem) -> Any:
+    """The object of an item: looked up as it is where the planner is known to only serialise it."""
+    kind = type(planner)
+    known = ("resolve_data", "transform_object")
+    if isinstance(planner, DefaultSavePlanner) and all(getattr(kind, f) is getattr(DefaultSavePlanner, f) for f in known):
+        return planner.lookup_object(item.index)
+    data = planner.resolve_data(item)
+    assert isinstance(data, io.BytesIO)
+    try:
+        return torch.load(io.BytesIO(data.getvalue()), weights_only=False)  # made by this process a moment ago
+    except Exception:
+        return {RAW: data.getvalue()}
+
+
+def commit(backend: Backend, messages: Sequence[bytes], metrics: Mapping[str, float], **which: Any) -> Commit:
+    """Manifest and commit from what all ranks wrote. `which`: step, generation, attempt, writer."""
+    letters = [decode(m) for m in messages]
+    plan = merge([Claims.decode(arrays["claims"].tobytes()) for _, arrays in letters])
+    reports = [
+        None
+        if head["report"] is None
+        else PackReport(**head["report"], offset=a["offset"], length=a["length"], block=a["block"])
+        for head, a in letters
+    ]
+    counts = [0 if r is None else len(r.offset) for r in reports]
+    if counts != np.bincount(plan.rank, minlength=len(reports)).tolist():
+        raise LayoutError("the ranks wrote other fragments than they were told to")
+    pickled = sorted({name for head, _ in letters for name in head["pickled"]})
+    if pickled:
+        log.warning(
+            "ckpt: stored with pickle, and read only with allow_pickle=True: %s; store their plain parts", pickled[:20]
+        )
+    return commit_step(
+        backend,
+        plan=plan,
+        codecs=[],
+        codec=None,
+        objects=_entries(letters),
+        aliases={},
+        reports=reports,
+        metrics=metrics,
+        **which,
+    )
+
+
+def _entries(letters: Sequence[tuple[Any, dict[str, npt.NDArray[Any]]]]) -> list[ObjectEntry]:
+    """The values of all ranks: once if they agree, else for each rank."""
+    held: dict[str, dict[str, list[tuple[int, str]]]] = {}  # name -> text -> ranks with encodings
+    copies: dict[str, set[int]] = {}
+    bodies: dict[str, list[int]] = {}
+    for rank, (head, _) in enumerate(letters):
+        bodies.setdefault(head["body"], []).append(rank)
+    for ranks in bodies.values():
+        rows, plain = json.loads(zlib.decompress(letters[ranks[0]][1]["body"].tobytes()))
+        for name, encoding, text in rows:
+            held.setdefault(name, {}).setdefault(text, []).extend((r, encoding) for r in ranks)
+        for name, crc in plain:
+            copies.setdefault(name, set()).add(crc)
+    out = []
+    for name, texts in sorted(held.items()):
+        if name == PATHS:
+            paths = {k: v for text in texts for k, v in json.loads(text).items()}
+            out.append(ObjectEntry(name, "replicated", *encode_object(dict(sorted(paths.items())), name)))
+        elif len(texts) == 1:
+            ((text, owners),) = texts.items()
+            out.append(ObjectEntry(name, "replicated", owners[0][1], text))
+        else:
+            rows = sorted((r, encoding, text) for text, owners in texts.items() for r, encoding in owners)
+            out += [ObjectEntry(name, f"rank={r}", encoding, text) for r, encoding, text in rows]
+    differ = [name for name, found in sorted(copies.items()) if len(found) > 1]
+    if differ:
+        log.warning(
+            "ckpt: tensors that differ between ranks under one name, of which DCP keeps one rank's: %s; "
+            "put the rank into their names, or save with ckpt.save",
+            differ[:20],
+        )
+    return out

@@ -1,0 +1,150 @@
+"""What may be deleted from a run, and the deleting. Nothing that a committed checkpoint needs ever is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ckpt.backends import Backend
+from ckpt.catalog import (
+    KeepBest,
+    Listing,
+    Policy,
+    Step,
+    delete_step,
+    delete_tree,
+    kept,
+    leftovers,
+    lineage,
+    list_run,
+)
+from ckpt.commit import read_commit
+from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError
+
+__all__ = ["Doomed", "Pruning", "carry_out", "plan_prune"]
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """Something to delete: `path` below the run; `kind` "step", "damaged" or "leftover"; its stored bytes."""
+
+    path: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A plan. `keep`: the folders of the committed steps that stay; `latest` is one of them ("" if there is none)."""
+
+    run: str
+    latest: str
+    keep: tuple[str, ...]
+    delete: tuple[Doomed, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(d.bytes for d in self.delete)
+
+
+def plan_prune(backend: Backend, policies: Sequence[Policy], older_than: float, *, damaged: bool = False) -> Pruning:
+    """What to delete: committed steps that no policy keeps (none without policies), and what is older than
+    `older_than` seconds of uncommitted leftovers and, if asked for, of steps whose commit is damaged.
+
+    Raises StorageError where what is there cannot be told, FormatError where a damaged generation file hides what
+    leads to the present, NotFoundError for a policy that speaks of a metric no step has.
+    """
+    listing = list_run(backend)
+    _check(backend, listing, policies)
+    keep = kept(listing, policies)
+    present = lineage(listing)
+    out = [Doomed(s.folder, "step", s.commit.bytes) for s in listing.committed if s.commit and not keep[s.folder]]
+    for s in listing.steps if damaged else ():
+        nbytes, newest = _measure(backend, s.folder) if s.error and _broken(backend, s) else (0, time.time())
+        if time.time() - newest >= older_than:
+            out.append(Doomed(s.folder, "damaged", nbytes))
+    out += [Doomed(p, "leftover", _measure(backend, p)[0]) for p in leftovers(backend, listing, older_than)]
+    latest = present[0].folder if present else ""
+    return Pruning(listing.run, latest, tuple(f for f, k in keep.items() if k), tuple(out))
+
+
+def _check(backend: Backend, listing: Listing, policies: Sequence[Policy]) -> None:
+    for s in listing.steps:
+        if s.error:
+            try:
+                read_commit(backend, s.folder)
+            except (IntegrityError, FormatError, NotFoundError):
+                continue  # damaged for good
+            # Any other error is raised: whether this step stands decides what else may go.
+    if not policies:
+        return
+    for g in listing.generations:
+        if g.error:
+            raise FormatError(f"which steps lead to the present is not certain, so no step is pruned: {g.error}")
+    for p in policies:
+        if isinstance(p, KeepBest) and not any(p(listing.committed)):
+            raise NotFoundError(f"{listing.run}: no committed step has the metric {p.metric!r}; nothing is pruned")
+
+
+def _broken(backend: Backend, step: Step) -> bool:
+    """Whether a commit's bytes are wrong: one that a newer version wrote, or that cannot be read now, is not."""
+    try:
+        read_commit(backend, step.folder)
+    except IntegrityError:
+        return True
+    except CkptError:
+        return False
+    return False
+
+
+def carry_out(
+    backend: Backend,
+    plan: Pruning,
+    policies: Sequence[Policy],
+    older_than: float,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Pruning:
+    """Deletes what `plan` and a fresh look agree on, and returns just that: the run may have gone on meanwhile.
+
+    Raises StorageError; what was deleted until then is gone, and the rest can be pruned later.
+    """
+    again = plan_prune(backend, policies, older_than, damaged=any(d.kind == "damaged" for d in plan.delete))
+    still = {(d.path, d.kind) for d in again.delete}
+    done = []
+    for d in plan.delete:
+        if (d.path, d.kind) not in still or (d.kind == "leftover" and _needed(backend, d.path)):
+            continue
+        if d.kind == "leftover":
+            delete_tree(backend, d.path)
+        else:
+            delete_step(backend, d.path)
+        done.append(d)
+        if progress is not None:
+            progress(d.bytes)
+    return Pruning(plan.run, again.latest, again.keep, tuple(done))
+
+
+def _needed(backend: Backend, path: str) -> bool:
+    """Whether a commit has appeared since that makes a leftover part of a checkpoint."""
+    folder, _, below = path.partition("/")
+    try:
+        attempt = read_commit(backend, folder).attempt
+    except NotFoundError:
+        return False
+    return not below or below == attempt
+
+
+def _measure(backend: Backend, path: str) -> tuple[int, float]:
+    """(bytes, time of the newest change) of an object, or of all that is below a folder."""
+    entries = backend.list(path)
+    if not entries:
+        with suppress(NotFoundError):
+            return backend.size(path), 0.0
+    nbytes, newest = 0, 0.0
+    for e in entries:
+        inside = _measure(backend, f"{path}/{e.name}") if e.folder else (e.size, 0.0)
+        nbytes, newest = nbytes + inside[0], max(newest, e.modified, inside[1])
+    return nbytes, newest
