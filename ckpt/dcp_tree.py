@@ -14,18 +14,19 @@ __all__ = [
     "PATHS",
     "Path",
     "build",
-    "default_path",
     "flatten",
     "group_leaves",
     "group_tables",
     "join",
     "optimizer_keys",
+    "odd_paths",
     "param_groups",
+    "path_of",
 ]
 
 Path = tuple[str | int, ...]
 PATHS = "__dcp_paths__"
-"""The object that holds, of a checkpoint written by DCP, those paths that `default_path` cannot tell."""
+"""The object that holds, of a checkpoint written by DCP, what `path_of` must be told."""
 
 
 def join(path: Path) -> str:
@@ -143,12 +144,33 @@ def param_groups(key: str, table: list[dict[str, Any]]) -> Iterator[tuple[str, P
                 yield join(path), path, value
 
 
-def default_path(name: str, optimizers: Collection[str] = ()) -> Path:
-    """The path of a name of which only the dots are known: `{"model": {"layers.0.weight": ...}}`, and for the state of
-    an optimizer `{"optim": {"state": {"layers.0.weight": {"exp_avg": ...}}}}`."""
-    for key in optimizers:
-        param, dot, state = name.removeprefix(f"{key}.state.").rpartition(".")
-        if name.startswith(f"{key}.state.") and dot:
-            return key, "state", param, state
+def odd_paths(paths: Mapping[str, Path], optimizers: Collection[str]) -> dict[str, list[str | int]]:
+    """What `path_of` must be told to find these paths again; mostly nothing. The entry "layers." says that all names
+    that begin so are keys of the state dict itself, with the dots in them."""
+    roots: dict[str, list[str]] = {}
+    for name in paths:
+        roots.setdefault(name.partition(".")[0], []).append(name)
+    out: dict[str, list[str | int]] = {}
+    for root, names in sorted(roots.items()):
+        flat = all(paths[n] == (n,) for n in names)
+        if flat and any("." in n for n in names):
+            out[f"{root}."] = []
+        elif not flat:
+            out |= {n: list(paths[n]) for n in names if paths[n] != path_of(n, {}, optimizers)}
+    return out
+
+
+def path_of(name: str, odd: Mapping[str, list[str | int]], optimizers: Collection[str]) -> Path:
+    """The path of a name. Of a checkpoint that DCP did not write only the dots are known: then it is that of
+    `{"model": {"layers.0.weight": ...}}` or, for the state of an optimizer,
+    `{"optim": {"state": {"layers.0.weight": {"exp_avg": ...}}}}`."""
+    if name in odd:
+        return tuple(odd[name])
     first, dot, rest = name.partition(".")
-    return (first, rest) if dot else (first,)
+    if not dot or f"{first}." in odd:
+        return (name,)
+    for key in optimizers:
+        param, found, state = name.removeprefix(f"{key}.state.").rpartition(".")
+        if name.startswith(f"{key}.state.") and found:
+            return key, "state", param, state
+    return first, rest

@@ -16,13 +16,14 @@ __all__ = ["Owner", "for_owner", "group_hyper", "group_table", "named_state", "n
 
 @dataclass(frozen=True)
 class Owner:
-    """A parameter that a model owns: its name and how this rank holds it.
+    """A parameter that a model owns, by name.
 
-    `start` and `stop` locate it in the flat parameter that the optimizer sees instead (FSDP1), else None.
+    `held`: how this rank holds it, where the tensor itself does not say (FSDP1); `start` and `stop` locate it in the
+    flat parameter that the optimizer sees instead.
     """
 
     name: str
-    held: Held
+    held: Held | None = None
     start: int | None = None
     stop: int | None = None
 
@@ -44,9 +45,11 @@ def for_owner(owner: Owner, name: str, p: torch.Tensor, value: Any) -> Any:
     """A state value as its owner holds it: the slice of a flat state that belongs to one parameter, else as it is."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
+    if owner.held is None:
+        return value
     if owner.start is not None and value.numel() == p.numel():
         return like(owner.held, name, value.reshape(-1)[owner.start : owner.stop])
-    if owner.held.kind == "shard" and value.shape == p.shape:
+    if owner.start is None and value.shape == p.shape:
         return like(owner.held, name, value)
     return value
 
@@ -111,6 +114,6 @@ def regroup(
 
 def new_state(p: torch.Tensor, owner: Owner, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An empty state tensor for a parameter that has none yet: placed like the parameter if it has its shape."""
-    if shape == owner.held.shape and owner.start is None:
+    if owner.held is None and shape == tuple(p.shape):
         return torch.empty_like(p, dtype=dtype, requires_grad=False).detach()
     return torch.empty(shape, dtype=dtype)

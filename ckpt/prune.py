@@ -23,7 +23,7 @@ from ckpt.catalog import (
 from ckpt.commit import read_commit
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError
 
-__all__ = ["Doomed", "Pruning", "carry_out", "plan_prune"]
+__all__ = ["Doomed", "Pruning", "carry_out", "measure", "plan_prune"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def plan_prune(backend: Backend, policies: Sequence[Policy], older_than: float, 
     present = lineage(listing)
     out = [Doomed(s.folder, "step", s.commit.bytes) for s in listing.committed if s.commit and not keep[s.folder]]
     for s in listing.steps if damaged else ():
-        nbytes, newest = _measure(backend, s.folder) if s.error and _broken(backend, s) else (0, time.time())
+        nbytes, newest = measure(backend, s.folder) if s.error and _broken(backend, s) else (0, time.time())
         if time.time() - newest >= older_than:
             out.append(Doomed(s.folder, "damaged", nbytes))
-    out += [Doomed(p, "leftover", _measure(backend, p)[0]) for p in leftovers(backend, listing, older_than)]
+    out += [Doomed(p, "leftover", measure(backend, p)[0]) for p in leftovers(backend, listing, older_than)]
     latest = present[0].folder if present else ""
     return Pruning(listing.run, latest, tuple(f for f, k in keep.items() if k), tuple(out))
 
@@ -137,7 +137,7 @@ def _needed(backend: Backend, path: str) -> bool:
     return not below or below == attempt
 
 
-def _measure(backend: Backend, path: str) -> tuple[int, float]:
+def measure(backend: Backend, path: str) -> tuple[int, float]:
     """(bytes, time of the newest change) of an object, or of all that is below a folder."""
     entries = backend.list(path)
     if not entries:
@@ -145,6 +145,6 @@ def _measure(backend: Backend, path: str) -> tuple[int, float]:
             return backend.size(path), 0.0
     nbytes, newest = 0, 0.0
     for e in entries:
-        inside = _measure(backend, f"{path}/{e.name}") if e.folder else (e.size, 0.0)
+        inside = measure(backend, f"{path}/{e.name}") if e.folder else (e.size, 0.0)
         nbytes, newest = nbytes + inside[0], max(newest, e.modified, inside[1])
     return nbytes, newest

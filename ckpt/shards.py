@@ -152,28 +152,38 @@ def _mesh_scope(mesh: Any) -> str:
 
 
 def _dtensor(name: str, value: Any) -> Held:
-    mesh, shape = value.device_mesh, tuple(value.shape)
     local = _local(name, value._local_tensor)
-    scope = _mesh_scope(mesh)
+    kind, shape, scope = dtype_name(local.dtype), tuple(value.shape), _mesh_scope(value.device_mesh)
+    cuts = _cuts(shape, value.device_mesh, tuple(value.placements))
+    if isinstance(cuts, str):
+        raise LayoutError(f"tensor {name!r}: {cuts}")
+    if not cuts and shape:
+        return Held(kind, shape, (), MESH, scope)
+    expected = tuple(sum(b - a for a, b in runs) for runs in cuts)
+    if expected != tuple(local.shape):
+        raise LayoutError(f"tensor {name!r}: placements {value.placements} give {expected}, not {tuple(local.shape)}")
+    return Held(kind, shape, tuple(_grid(cuts, local)), MESH, scope)
+
+
+_Cuts = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def _cuts(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> _Cuts | str:
+    """The runs of indices that this rank holds along each dimension; () if it is not part of the mesh, or what
+    stands against it."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return Held(dtype_name(local.dtype), shape, (), MESH, scope)
+        return ()
     cuts: list[list[tuple[int, int]]] = [[(0, n)] for n in shape]
-    for size, index, placement in zip(mesh.shape, coordinate, value.placements, strict=True):
+    for size, index, placement in zip(mesh.shape, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or dim is None:
-            raise LayoutError(
-                f"tensor {name!r}: placement {placement} is not a stored value; reduce or redistribute it first"
-            )
+            return f"placement {placement} is not a stored value; reduce or redistribute it first"
         cuts[dim] = _chunk(cuts[dim], size, index, int(getattr(placement, "split_factor", 1)))
-    expected = tuple(sum(b - a for a, b in runs) for runs in cuts)
-    if expected != tuple(local.shape):
-        raise LayoutError(
-            f"tensor {name!r}: placements {value.placements} give {expected}, the local tensor is {tuple(local.shape)}"
-        )
-    return Held(dtype_name(local.dtype), shape, tuple(_grid(cuts, local)), MESH, scope)
+    return tuple(tuple(runs) for runs in cuts)
 
 
 def _chunk(runs: list[tuple[int, int]], count: int, index: int, split: int) -> list[tuple[int, int]]:
@@ -204,9 +214,12 @@ def _nth(lo: int, hi: int, count: int, index: int) -> tuple[int, int]:
     return min(lo + index * step, hi), min(lo + (index + 1) * step, hi)
 
 
-def _grid(cuts: list[list[tuple[int, int]]], local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+def _grid(cuts: _Cuts, local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
     """The boxes that runs along every dimension span, with their views of the local tensor."""
     if local.numel() == 0:
+        return
+    if all(len(runs) == 1 for runs in cuts):
+        yield Box(tuple(runs[0][0] for runs in cuts), tuple(local.shape)), local
         return
     starts = [list(itertools.accumulate((b - a for a, b in runs), initial=0)) for runs in cuts]
     for pick in itertools.product(*(range(len(runs)) for runs in cuts)):

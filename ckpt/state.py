@@ -259,7 +259,7 @@ def owners_of(state: Any) -> dict[int, tuple[Owner, ...]]:
             out[id(p)] = tuple(Owner(prefix + o.name, o.held, o.start, o.stop) for o in owners)
         for name, _, _, t in module_leaves(module):
             if isinstance(t, nn.Parameter) and id(t) not in out:
-                out[id(t)] = (Owner(prefix + name, hold(prefix + name, t)),)
+                out[id(t)] = (Owner(prefix + name),)
     return out
 
 

@@ -209,7 +209,7 @@ class Matching:
                 self._value(full, owner.set_extra_state)
             elif id(tensor) in seen:
                 self._tied(full, tensor, seen[id(tensor)])
-            elif id(tensor) in owners and owners[id(tensor)][0].held.kind == "shard":
+            elif id(tensor) in owners and owners[id(tensor)][0].held is not None:
                 seen[id(tensor)] = full
                 for o in owners[id(tensor)]:
                     self._tensor(f"{key}.{o.name}", o.held)
@@ -297,7 +297,7 @@ class Matching:
         if not names:
             self.finish.append(lambda: optimizer.state.pop(p, None) and None)
             return
-        if owner.held.kind == "shard" and not owner.held.pieces and not optimizer.state.get(p):
+        if owner.held is not None and not owner.held.pieces and not optimizer.state.get(p):
             return  # a flat parameter of which nothing is here
         if not self.options.wants(prefix) and not any(self.options.wants(f"{prefix}.{n}") for n in names):
             return
@@ -315,8 +315,8 @@ class Matching:
                 continue
             if not isinstance(state.get(name), torch.Tensor):
                 spec = self.manifest.tensors[index]
-                flat = owner.start is not None or owner.held.kind == "shard"
-                shape = tuple(p.shape) if flat and spec.shape == owner.held.shape else spec.shape
+                flat = owner.held is not None and spec.shape == owner.held.shape
+                shape = tuple(p.shape) if flat else spec.shape
                 state[name] = new_state(p, owner, shape, getattr(torch, spec.dtype))
             self._tensor(f"{prefix}.{name}", for_owner(owner, f"{prefix}.{name}", p, state[name]))
 

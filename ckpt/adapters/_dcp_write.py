@@ -26,7 +26,7 @@ from ckpt.catalog import delete_tree
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step
 from ckpt.config import settings
-from ckpt.dcp_tree import PATHS, Path, build, default_path, group_leaves, group_tables, join, optimizer_keys
+from ckpt.dcp_tree import PATHS, Path, build, group_leaves, group_tables, join, odd_paths, optimizer_keys
 from ckpt.errors import LayoutError, UsageError
 from ckpt.format.codec import crc32c
 from ckpt.format.dtypes import dtype
@@ -170,9 +170,13 @@ def write_local(
         "pickled": values.pickled,
         "body": hashlib.blake2b(body, digest_size=16).hexdigest(),
     }
-    columns = {} if report is None else {"offset": report.offset, "length": report.length, "block": report.block}
-    parts = {"claims": claims.encode(), "body": zlib.compress(body, 1)}
-    message = encode(head, **columns, **{k: np.frombuffer(v, dtype=np.uint8) for k, v in parts.items()})
+    columns: dict[str, npt.NDArray[Any]] = {
+        "claims": np.frombuffer(claims.encode(), dtype=np.uint8),
+        "body": np.frombuffer(zlib.compress(body, 1), dtype=np.uint8),
+    }
+    if report is not None:
+        columns |= {"offset": report.offset, "length": report.length, "block": report.block}
+    message = encode(head, **columns)
     return (0 if report is None else report.size), message
 
 
@@ -226,8 +230,7 @@ class _Values:
         for name, table in group_tables(stored).items():
             out._add(name, table, False, last=False)
             stored[name] = table
-        optimizers = optimizer_keys(stored)
-        odd = {n: list(p) for n, p in sorted(where.items()) if p != default_path(n, optimizers)}
+        odd = odd_paths(where, optimizer_keys(stored))
         if odd:
             out._add(PATHS, odd, True, last=False)
         return out
@@ -266,7 +269,9 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
     """The object of an item: looked up as it is where the planner is known to only serialise it."""
     kind = type(planner)
     known = ("resolve_data", "transform_object")
-    if isinstance(planner, DefaultSavePlanner) and all(getattr(kind, f) is getattr(DefaultSavePlanner, f) for f in known):
+    if isinstance(planner, DefaultSavePlanner) and all(
+        getattr(kind, f) is getattr(DefaultSavePlanner, f) for f in known
+    ):
         return planner.lookup_object(item.index)
     data = planner.resolve_data(item)
     assert isinstance(data, io.BytesIO)

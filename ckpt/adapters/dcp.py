@@ -198,7 +198,6 @@ class Reader(StorageReader):
         super().__init__()
         self.url, self.allow_pickle, self.cast = os.fspath(url), allow_pickle, cast
         self._opened: Opened | None = None
-        self._rank: int | None = None
 
     @property
     def checkpoint_id(self) -> str:
@@ -219,9 +218,9 @@ class Reader(StorageReader):
         return self._opened.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._rank = kwargs.get("rank")
-        if self._opened is not None and self._rank is not None:
-            self._opened.rank = self._rank
+        rank = kwargs.get("rank")
+        if rank is not None:
+            self._opened = self._need().as_rank(rank)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return replace(plan, storage_data=self._need().folder)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Box", "contiguous_span", "disjoint", "flat_boxes", "tiles", "whole"]
+__all__ = ["Box", "contiguous_span", "disjoint", "flat_boxes", "in_a_row", "tiles", "whole"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -127,6 +127,23 @@ def disjoint(offsets: npt.NDArray[np.int64], shapes: npt.NDArray[np.int64]) -> t
                 return int(live[order[open_[int(np.argmax(hit))]]]), int(live[order[i]])
         open_ = np.append(open_, i)
     return None
+
+
+def in_a_row(shape: Sequence[int], offsets: npt.NDArray[np.int64], shapes: npt.NDArray[np.int64]) -> bool:
+    """Whether the boxes, in this order, cut a tensor of `shape` along one axis and nowhere else: the usual tiling.
+
+    `offsets` and `shapes` are int64 of shape (n, ndim).
+    """
+    if len(offsets) == 0 or not shape:
+        return len(offsets) == 1 and not shape
+    cut = np.flatnonzero((shapes != np.array(shape)).any(axis=0))
+    if len(cut) == 0:
+        return len(offsets) == 1 and bool((shapes > 0).all())
+    if len(cut) > 1:
+        return False
+    axis = int(cut[0])
+    lo, n = offsets[:, axis], shapes[:, axis]
+    return bool(lo[0] == 0 and lo[-1] + n[-1] == shape[axis] and (lo[1:] == lo[:-1] + n[:-1]).all() and (n > 0).all())
 
 
 _PRIME = np.uint64(2**31 - 1)
