@@ -34,7 +34,7 @@ def inspect(ref: str, globs: tuple[str, ...], objects: bool, packs: bool, layout
         m = c.manifest
         parents = _parents(list_run(c.backend, commits=False).generations, c.commit.generation)
         tensors = [_tensor(m, t, layout) for t, s in enumerate(m.tensors) if not globs or _any(s.key, globs)]
-        about = {
+        about: dict[str, Any] = {
             "ref": c.ref,
             "step": c.step,
             "generation": c.commit.generation,

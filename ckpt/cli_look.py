@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.shell import verb
-from ckpt.show import age, columns, emit, plain, seconds_since, shorten, size
+from ckpt.shell import EXIT_CODES, run_backend, verb
+from ckpt.show import age, columns, emit, plain, progress, seconds_since, shorten, size
 
 if TYPE_CHECKING:
     from ckpt.backends import Backend
@@ -114,8 +114,16 @@ def verify(ref: str, everything: bool, as_json: bool) -> int:
     if everything:
         backend = run_backend(ref)
         listing = list_run(backend)
-        found += [Verification(f"{listing.run}/gen-{g.generation:04d}.json", 0, 0, (f"integrity: {g.error}",)) for g in listing.generations if g.error]
-        found += [Verification(f"{listing.run}/{s.folder}", 0, 0, (f"integrity: {s.error}",)) for s in listing.steps if s.error]
+        found += [
+            Verification(f"{listing.run}/gen-{g.generation:04d}.json", 0, 0, (f"integrity: {g.error}",))
+            for g in listing.generations
+            if g.error
+        ]
+        found += [
+            Verification(f"{listing.run}/{s.folder}", 0, 0, (f"integrity: {s.error}",))
+            for s in listing.steps
+            if s.error
+        ]
         commits = [s.commit for s in listing.steps if s.commit is not None]
         if not found and not commits:
             raise NotFoundError(f"{listing.run}: no committed checkpoint here")
@@ -186,16 +194,28 @@ def _show_diff(d: Diff) -> None:
     if tensors:
         head = ("TENSOR", "STATUS", "MAX ABS", "MAX REL", "ELEMENTS", "AT", "")
         click.echo("\n" + columns(head, tensors, "<<>>>"))
-    values = [[v.kind, v.name, v.status, shorten(v.a, 40), shorten(v.b, 40)] for v in d.values if v.status != "identical"]
+    values = [
+        [v.kind, v.name, v.status, shorten(v.a, 40), shorten(v.b, 40)] for v in d.values if v.status != "identical"
+    ]
     if values:
         click.echo("\n" + columns(("KIND", "NAME", "STATUS", "A", "B"), values))
     same = sum(v.status == "identical" for v in d.values)
     said = [f"{n} {status}" for status, n in sorted(_counts(d).items())]
-    click.echo(("\n" if tensors or values else "") + f"tensors: {', '.join(said) or 'none'}; values: {same} identical, {len(values)} not")
+    click.echo(
+        ("\n" if tensors or values else "")
+        + f"tensors: {', '.join(said) or 'none'}; values: {same} identical, {len(values)} not"
+    )
 
 
 def _difference(t: TensorDiff) -> list[str]:
     numbers = ["" if x is None else f"{x:.6g}" for x in (t.max_abs, t.max_rel)]
     note = t.a if t.a == t.b or not t.b else t.b if not t.a else f"{t.a} against {t.b}"
     note += f", {t.nonfinite} not finite" if t.nonfinite else ""
-    return [t.name, t.status, *numbers, str(t.elements) if t.elements else "", str(list(t.at)) if t.at is not None else "", note]
+    return [
+        t.name,
+        t.status,
+        *numbers,
+        str(t.elements) if t.elements else "",
+        str(list(t.at)) if t.at is not None else "",
+        note,
+    ]

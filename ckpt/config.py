@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt.errors import UsageError
 
-__all__ = ["Every", "Settings", "settings"]
+__all__ = ["Every", "Settings", "no_collection", "settings"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,15 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
                 raise UsageError(f"CKPT_{field.upper()}={text!r}: not a number") from None
     out["direct"] = env.get("CKPT_DIRECT", "1") not in ("0", "false", "no")
     return Settings(**{**default.__dict__, **out})
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keeps Python's garbage collector from walking a training program's whole heap in the middle of a save or load."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -21,7 +21,7 @@ from ckpt.backends import Backend, backend_for
 from ckpt.catalog import resolve
 from ckpt.collective import Group
 from ckpt.commit import Commit, read_commit, read_manifest
-from ckpt.config import settings
+from ckpt.config import no_collection, settings
 from ckpt.errors import MismatchError
 from ckpt.format.dtypes import dtype
 from ckpt.read import ReadStats, Target, read_targets
@@ -85,7 +85,8 @@ def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions,
     assert commit is not None and plan is not None
     stats = ReadStats()
     try:
-        stats = _read(backend, folder, plan)
+        with no_collection():
+            stats = _read(backend, folder, plan)
         payload = b""
     except Exception as e:
         payload = e

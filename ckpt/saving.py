@@ -22,12 +22,12 @@ from ckpt.backends import Backend
 from ckpt.catalog import delete_tree
 from ckpt.collective import Group, decode, encode
 from ckpt.commit import Commit, claim_attempt, commit_step, step_folder
-from ckpt.config import Settings, settings
+from ckpt.config import Settings, no_collection, settings
 from ckpt.errors import CkptError, DeadlineError, LayoutError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import ObjectEntry
-from ckpt.format.pack import Piece, TensorSpec
+from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack
 from ckpt.plan import PLAIN, Claim, Claims, NeedDigests, Plan, merge
 from ckpt.shards import Held
 from ckpt.state import AUTO, REPLICATED, Leaves, ObjectLeaf, TensorLeaf, collect
@@ -68,9 +68,7 @@ class Planner:
     plan: Plan | None = None
     plan_key: str = ""
     assignment: _Assignment | None = None
-
-    def reserve(self, config: Settings) -> Ring:
-        return _ring(config)
+    work: _Work | None = None
 
 
 _rings: dict[tuple[int, int, int, int], Ring] = {}
@@ -92,6 +90,17 @@ class _Assignment:
     local: npt.NDArray[np.int64]
     box: npt.NDArray[np.int64]
     variants: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An assignment made ready: pieces, their layout, and where each is: (claim, piece of it, box within that)."""
+
+    key: str
+    codecs: tuple[tuple[str, Codec], ...]
+    pieces: tuple[Piece, ...]
+    layout: PackLayout
+    places: tuple[tuple[int, int, Box], ...]
 
 
 def save_state(
@@ -123,9 +132,11 @@ def save_state(
         report: PackReport | None = None
         payload: bytes | Exception
         try:
-            pieces, sources = _pieces(assignment, leaves, codecs)
-            if pieces:
-                report = write_pack(backend, path, pieces, sources, planner.reserve(settings()))
+            work = _prepare(planner, assignment, leaves, codecs)
+            if work.pieces:
+                sources = [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
+                with no_collection():
+                    report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
             payload = _encode_report(report)
         except Exception as e:
             payload = e
@@ -234,20 +245,23 @@ def _encode_claims(claims: Claims, leaves: Leaves, full: bool, plan: str) -> byt
     return encode(head, **arrays)
 
 
-def _pieces(
-    assignment: _Assignment, leaves: Sequence[TensorLeaf], codecs: Sequence[tuple[str, Codec]]
-) -> tuple[list[Piece], list[Source]]:
-    """The assigned fragments and where their bytes are."""
-    pieces, sources = [], []
+def _prepare(
+    planner: Planner, assignment: _Assignment, leaves: Sequence[TensorLeaf], codecs: Sequence[tuple[str, Codec]]
+) -> _Work:
+    """The assigned fragments and their layout; those of the last save if nothing changed."""
+    work = planner.work
+    if work is not None and (work.key, work.codecs) == (assignment.key, tuple(codecs)):
+        return work
+    pieces, places = [], []
     for i, row in zip(assignment.local.tolist(), assignment.box.tolist(), strict=True):
         name, h = leaves[i].name, leaves[i].held
         box = Box(tuple(row[0][: len(h.shape)]), tuple(row[1][: len(h.shape)]))
-        at, view = next((b, v) for b, v in h.pieces if (b & box) == box)
-        variant = assignment.variants.get(str(i), "")
-        spec = TensorSpec(name, h.dtype, h.shape, variant, h.layout)
+        k, at = next((k, b) for k, (b, _) in enumerate(h.pieces) if (b & box) == box)
+        spec = TensorSpec(name, h.dtype, h.shape, assignment.variants.get(str(i), ""), h.layout)
         pieces.append(Piece(spec, box, choose_codec(name, codecs)))
-        sources.append(source_of(view, box.relative_to(at)))
-    return pieces, sources
+        places.append((i, k, box.relative_to(at)))
+    planner.work = _Work(assignment.key, tuple(codecs), tuple(pieces), layout_pack(pieces), tuple(places))
+    return planner.work
 
 
 def _encode_report(report: PackReport | None) -> bytes:

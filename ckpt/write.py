@@ -92,10 +92,18 @@ class PackReport:
 
 
 def write_pack(
-    backend: Backend, path: str, pieces: Sequence[Piece], sources: Sequence[Source], ring: Ring
+    backend: Backend,
+    path: str,
+    pieces: Sequence[Piece],
+    sources: Sequence[Source],
+    ring: Ring,
+    layout: PackLayout | None = None,
 ) -> PackReport:
-    """Writes one pack durably. On any failure, of any thread, nothing is left and the error is raised."""
-    layout = layout_pack(pieces)
+    """Writes one pack durably. `layout`: what `layout_pack(pieces)` gives, if the caller has it already.
+
+    On any failure, of any thread, nothing is left and the error is raised.
+    """
+    layout = layout or layout_pack(pieces)
     bound = layout.size + sum(p.nbytes // 4 + 1024 for p in layout.pieces if p.codec)
     upload = backend.new(path, bound)
     try:
@@ -103,11 +111,12 @@ def write_pack(
         try:
             lengths, table = _stream_data(layout, sources, stream, ring.scratch)
             stream.put(table)
+            stream.send()
+            if layout.entry == 8:
+                layout = layout_pack(pieces, lengths)
+            header = pack_header(layout)  # while the last buffers are on their way
         finally:
             stream.drain()
-        if layout.entry == 8:
-            layout = layout_pack(pieces, lengths)
-        header = pack_header(layout)
         upload.write(0, memoryview(header))
         upload.finish(layout.size if layout.size != bound else None)
     except BaseException:
@@ -187,13 +196,14 @@ class _Stream:
     def _room(self, n: int) -> Bytes:
         """Up to n bytes of the current buffer, counted as filled. A full buffer is sent before the next is taken."""
         if self._buffer is None or self._fill == self._ring.size:
-            self._send()
+            self.send()
             self._buffer = self._ring.take()
         lo = self._fill
         self._fill = min(self._ring.size, lo + n)
         return self._buffer[lo : self._fill]
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Hands the current buffer to the writer threads."""
         if self._error:
             raise self._error[0]
         if self._buffer is None:
@@ -214,7 +224,7 @@ class _Stream:
     def drain(self) -> None:
         """Sends the rest and waits for every write; raises the first error of any of them."""
         try:
-            self._send()
+            self.send()
         finally:
             if self._buffer is not None:
                 self._ring.give(self._buffer)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
+import shutil
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +31,7 @@ def fresh() -> Fresh:
     Such processes are forked from one server, so each costs milliseconds; and they may fork in turn.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "ckpt.checkpoint"])
+    context.set_forkserver_preload(["torch.distributed.tensor", "ckpt.checkpointer", "ckpt.checkpoint"])
 
     def run(function: Callable[..., Any], *args: Any, limit: float = 240.0) -> Any:
         mine, theirs = context.Pipe(duplex=False)
@@ -49,3 +53,14 @@ def fresh() -> Fresh:
         return value
 
     return run
+
+
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one, for tests that sync thousands of files; else `tmp_path`."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 256 << 20:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=memory) as made:
+        yield Path(made)

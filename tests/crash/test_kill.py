@@ -8,8 +8,8 @@ import kills
 from conftest import Fresh
 
 
-def test_a_save_killed_at_every_point(fresh: Fresh, tmp_path: Path) -> None:
-    deaths = fresh(kills.kills_of_save, str(tmp_path))
+def test_a_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
+    deaths = fresh(kills.kills_of_save, str(quick_folder))
     points = [d.point for d in deaths]
     print(len(points), points)
     # Everything that a save does to files is among them, in this order.
@@ -20,8 +20,8 @@ def test_a_save_killed_at_every_point(fresh: Fresh, tmp_path: Path) -> None:
     assert [d.newest for d in deaths] == [1] * (commit + 1) + [2] * (len(points) - commit - 1)
 
 
-def test_a_job_killed_at_every_point(fresh: Fresh, tmp_path: Path) -> None:
-    deaths = fresh(kills.kills_of_a_job, str(tmp_path))
+def test_a_job_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
+    deaths = fresh(kills.kills_of_a_job, str(quick_folder))
     points = [d.point for d in deaths]
     print(len(points), points)
     assert "local.delete" in points and points.count("local.create.link") > 8
@@ -29,7 +29,7 @@ def test_a_job_killed_at_every_point(fresh: Fresh, tmp_path: Path) -> None:
     assert newest == sorted(newest) and set(newest) == {2, 3, 4}
 
 
-def test_a_prune_killed_at_every_point(fresh: Fresh, tmp_path: Path) -> None:
-    deaths = fresh(kills.kills_of_prune, str(tmp_path))
+def test_a_prune_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
+    deaths = fresh(kills.kills_of_prune, str(quick_folder))
     print(len(deaths), [d.point for d in deaths])
     assert {d.point for d in deaths} >= {"local.delete"}

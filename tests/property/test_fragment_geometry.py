@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.format.fragment import Box, contiguous_span, disjoint, flat_boxes, tiles, whole
+from ckpt.format.fragment import Box, contiguous_span, disjoint, flat_boxes, in_a_row, tiles, whole
 
 CHECK = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -113,6 +114,24 @@ def test_disjoint_and_tiles(case: tuple[tuple[int, ...], list[Box]]) -> None:
     if pair is not None:
         assert pair[0] != pair[1] and boxes[pair[0]] & boxes[pair[1]] is not None
     assert tiles(shape, *columns(shape, boxes)) == bool((held == 1).all())
+    assert not in_a_row(shape, *columns(shape, boxes)) or bool((held == 1).all())
+
+
+@CHECK
+@given(shapes.filter(bool), st.data())
+def test_cuts_along_one_axis_are_in_a_row(shape: tuple[int, ...], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    cuts = sorted(data.draw(st.sets(st.integers(1, shape[axis] - 1)))) if shape[axis] > 1 else []
+    edges = [0, *cuts, shape[axis]]
+    boxes = []
+    for a, b in itertools.pairwise(edges):
+        offset = tuple(a if d == axis else 0 for d in range(len(shape)))
+        boxes.append(Box(offset, tuple(b - a if d == axis else n for d, n in enumerate(shape))))
+    assert in_a_row(shape, *columns(shape, boxes)) and tiles(shape, *columns(shape, boxes))
+    assert len(boxes) == 1 or not in_a_row(shape, *columns(shape, boxes[::-1]))
+    k = data.draw(st.integers(0, len(boxes) - 1))
+    assert not in_a_row(shape, *columns(shape, boxes[:k] + boxes[k + 1 :]))
+    assert not in_a_row(shape, *columns(shape, boxes[: k + 1] + boxes[k:]))
 
 
 @CHECK
