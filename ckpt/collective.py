@@ -111,7 +111,9 @@ class _StoreGroup:
                 raise DeadlineError(claim.decode())
             verdict = self._wait(self._key(number, "verdict"), deadline)
         if verdict is None:
-            raise DeadlineError(f"{name}: rank 0 began to decide and did not end; what it decided is not known")
+            raise DeadlineError(
+                f"{name}: rank 0 stopped in the middle of deciding; is it hanging or gone? The run tells how far it came"
+            )
         return self._read(number, verdict)
 
     def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:

@@ -15,15 +15,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ckpt.backends import Backend
 from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError
 from ckpt.format.codec import Codec, crc32c
-from ckpt.format.manifest import Manifest, ObjectEntry, Packs, build_manifest, dump_manifest, parse_manifest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a commit is JSON: to list a run, nothing below is loaded
+    import numpy as np
+    import numpy.typing as npt
+
+    from ckpt.format.manifest import Manifest, ObjectEntry
     from ckpt.plan import Plan
     from ckpt.write import PackReport
 
@@ -108,7 +108,7 @@ def unseal(data: bytes, kind: str, where: str) -> dict[str, Any]:
         raise IntegrityError(f"{where}: its bytes are not what was written; use another step")
     if content.get("format") != kind:
         raise FormatError(f"{where}: holds {content.get('format')!r}, not {kind!r}")
-    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
+    if type(content.get("version")) is not int or not 1 <= content["version"] <= VERSION:
         raise FormatError(
             f"{where}: format version {content.get('version')}, this ckpt reads up to {VERSION}; upgrade ckpt-universal"
         )
@@ -153,6 +153,8 @@ def read_commit(backend: Backend, folder: str) -> Commit:
 
 def read_manifest(backend: Backend, commit: Commit) -> Manifest:
     """The manifest that a commit names, checked against it. Raises IntegrityError or FormatError."""
+    from ckpt.format.manifest import parse_manifest
+
     path = f"{commit.folder}/{commit.manifest_path}"
     where = f"{backend.root}/{path}"
     data = backend.fetch(path, commit.manifest_size)
@@ -206,6 +208,10 @@ def commit_step(
 
     `publishing` is called between the two: from then on the checkpoint may exist, whatever happens here.
     """
+    import numpy as np
+
+    from ckpt.format.manifest import Packs, build_manifest, dump_manifest
+
     world = len(reports)
     wrote = [r for r in range(world) if reports[r] is not None]
     done = [report for report in reports if report is not None]

@@ -131,6 +131,8 @@ def to_wire(error: BaseException) -> tuple[str, str]:
     """(kind, message) of an error, for the other ranks."""
     if isinstance(error, CkptError):
         return error.kind, str(error)
+    if isinstance(error, TimeoutError):
+        return DeadlineError.kind, f"{type(error).__name__}: {error}"
     if isinstance(error, OSError):
         return StorageError.kind, f"{type(error).__name__}: {error}"
     return PeerError.kind, f"{type(error).__name__}: {error}"

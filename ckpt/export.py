@@ -1,21 +1,54 @@
-"""A checkpoint -> files that other tools read: Hugging Face safetensors, a native Zarr directory."""
+"""A checkpoint -> files that other tools read: Hugging Face safetensors, a native Zarr v3 directory.
+
+Tensors are streamed: at no time is more than a fixed number of bytes of them in memory. All files are written under
+a temporary name beside the destination, which appears whole at the end or not at all.
+"""
 
 from __future__ import annotations
 
+import errno
+import fnmatch
+import json
 import os
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.checkpoint import Checkpoint, open_checkpoint
+from ckpt.dcp_tree import optimizer_keys
+from ckpt.errors import CkptError, ConflictError, NotFoundError, StorageError, UsageError
+from ckpt.faults import point
+from ckpt.format.dtypes import dtype
+from ckpt.format.fragment import Box, flat_boxes
+from ckpt.format.pack import TensorSpec
+from ckpt.read import Target, read_targets
 
 __all__ = ["ExportReport", "export_safetensors", "export_zarr"]
+
+_BATCH = 64 << 20
+_SLICE = 32 << 20
+_ZARR_CHUNK = 32 << 20
+_CAST = ("float64", "float32", "float16", "bfloat16")
+Progress = Callable[[int], None] | None
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote.
 
-    `path`: what now exists; `files`: the files below it that hold data. `bytes`: of all tensors as written.
-    `tied`: (left out, kept) names of tensors that are one. `per_rank`: tensors that the checkpoint holds once a rank,
-    of which the lowest rank's was taken.
+    `path`: what now exists; `files`: the files in it that hold data, relative to it. `bytes`: of all tensors as
+    written. `tied`: (left out, kept) names of tensors that are one. `per_rank`: tensors that the checkpoint holds
+    once a rank, of which the lowest rank's was taken.
     """
 
     ref: str
@@ -28,26 +61,351 @@ class ExportReport:
     per_rank: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """A tensor to export: its index in the manifest, its name and dtype there, the further names that are tied to it."""
+
+    index: int
+    spec: TensorSpec
+    name: str
+    dtype: str
+    tied: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes // dtype(self.spec.dtype).itemsize * dtype(self.dtype).itemsize
+
+
 def export_safetensors(
-    ref: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    ref: PathLike,
+    dst: PathLike,
     *,
     only: Sequence[str] | None = None,
     prefix_strip: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> ExportReport:
-    """Writes tensors as Hugging Face safetensors."""
-    raise NotImplementedError
+    """Writes the tensors of a model as Hugging Face safetensors.
+
+    ref              what to export: a run (its latest step), run@1000, or one step's URL
+    dst              a folder, which must not exist or be empty; it gets `model.safetensors`, or, where that would
+                     exceed `max_shard_bytes`, `model-00001-of-00003.safetensors` ... and
+                     `model.safetensors.index.json`. A name that ends in ".safetensors" is one file of any size.
+    only             names or globs of the tensors, as they are called in the checkpoint; without it all below the key
+                     "model". State of optimizers is never exported.
+    prefix_strip     what to take away from the beginning of their names; without it "model." if they all have it
+    dtype            convert floating point tensors to this, as "bfloat16"
+    progress         told the bytes of each part that is written
+
+    Tied tensors are written once, under their first name; `__metadata__` of that file names the others
+    ({left out: kept}), as safetensors.torch.save_model does, and loaders that tie them find them.
+
+    Raises NotFoundError, UsageError for a selection that is empty or has a dtype that safetensors lacks, ConflictError
+    if dst exists, IntegrityError for damage, StorageError. Nothing is at dst then.
+    """
+    began = time.monotonic()
+    out = os.fspath(dst)
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes={max_shard_bytes!r}: a number of bytes, 1 or more")
+    if dtype is not None and dtype not in _CAST:
+        raise UsageError(f"dtype={dtype!r}: one of {', '.join(_CAST)}")
+    with open_checkpoint(ref) as c:
+        chosen, per_rank = _select_model(c, only, prefix_strip, dtype)
+        _check_dtypes(chosen)
+        if out.endswith(".safetensors"):
+            files = [os.path.basename(out)]
+            with _appearing(out, folder=False) as temporary:
+                _write_safetensors(c, temporary, chosen, progress)
+        else:
+            shards = _shards(chosen, max_shard_bytes)
+            n = len(shards)
+            numbered = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+            files = ["model.safetensors"] if n == 1 else numbered
+            with _appearing(out, folder=True) as temporary:
+                for file, shard in zip(files, shards, strict=True):
+                    _write_safetensors(c, f"{temporary}/{file}", shard, progress)
+                if n > 1:
+                    _write_index(f"{temporary}/model.safetensors.index.json", files, shards)
+        return ExportReport(
+            ref=c.ref,
+            path=out,
+            files=tuple(files),
+            tensors=len(chosen),
+            bytes=sum(t.nbytes for t in chosen),
+            seconds=time.monotonic() - began,
+            tied=tuple((alias, t.name) for t in chosen for alias in t.tied),
+            per_rank=per_rank,
+        )
 
 
 def export_zarr(
-    ref: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    *,
-    only: Sequence[str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    ref: PathLike, dst: PathLike, *, only: Sequence[str] | None = None, progress: Progress = None
 ) -> ExportReport:
-    """Writes tensors as a native Zarr v3 directory."""
-    raise NotImplementedError
+    """Writes tensors as a Zarr v3 directory that stock zarr opens; laid out as `Checkpoint.zarr_store()` shows it.
+
+    ref, dst, progress  as for `export_safetensors`; dst is a folder
+    only                names or globs of the tensors; without it all, those of optimizers too
+
+    Tied tensors are written once; the attribute "ckpt" of the root names the others.
+    """
+    from ckpt.format.zarr_store import CheckpointStore, array_name
+
+    began = time.monotonic()
+    out = os.fspath(dst)
+    with open_checkpoint(ref) as c:
+        specs = [t for t in c.manifest.tensors if only is None or _wanted(t.name, only) or _wanted(t.key, only)]
+        if not specs:
+            raise NotFoundError(f"{c.ref}: no tensor to export" + (f" matches {list(only)}" if only else ""))
+        store = CheckpointStore(c, chunk_bytes=_ZARR_CHUNK, aliases=False)
+        names = {array_name(t.key): i for i, t in enumerate(c.manifest.tensors) if t in set(specs)}
+        root = json.loads(bytes(store.read_key("zarr.json") or b""))
+        arrays = root["consolidated_metadata"]["metadata"]
+        root["consolidated_metadata"]["metadata"] = {name: arrays[name] for name in names}
+        with _appearing(out, folder=True) as temporary:
+            for name in names:
+                _write_file(f"{temporary}/{name}/zarr.json", json.dumps(arrays[name]).encode())
+            requests = ((names[name], box, key, shape) for name in names for key, box, shape in store.chunks(name))
+            for key, array in _read_chunks(c, requests):
+                _write_file(f"{temporary}/{key}", memoryview(array.reshape(-1).view(np.uint8)))
+                if progress is not None:
+                    progress(array.nbytes)
+            _write_file(f"{temporary}/zarr.json", json.dumps(root).encode())
+        return ExportReport(
+            ref=c.ref,
+            path=out,
+            files=tuple(names),
+            tensors=len(specs),
+            bytes=sum(t.nbytes for t in specs),
+            seconds=time.monotonic() - began,
+            tied=tuple((alias, kept) for alias, kept in c.manifest.aliases.items() if kept in {t.key for t in specs}),
+        )
+
+
+# What to export.
+
+
+def _wanted(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a tensor is named by a glob, its name, or the name of something above it."""
+    return any(fnmatch.fnmatchcase(name, p) or name.startswith(f"{p}.") for p in patterns)
+
+
+def _select_model(
+    c: Checkpoint, only: Sequence[str] | None, prefix: str | None, cast: str | None
+) -> tuple[list[_Chosen], tuple[str, ...]]:
+    """The tensors to export, in natural order, and those that are stored per rank."""
+    m = c.manifest
+    optimizers = tuple(f"{key}.state." for key in optimizer_keys([o.name for o in m.objects]))
+    names = [t.name for t in m.tensors if not t.name.startswith(optimizers)]
+    if only is None and not any(n.startswith("model.") for n in names):
+        keys = ", ".join(sorted({n.partition(".")[0] for n in names})[:20])
+        raise UsageError(f"{c.ref}: nothing below the key 'model'; say what to export with only=; there is: {keys}")
+    patterns = ["model"] if only is None else list(only)
+    first: dict[str, tuple[int, TensorSpec]] = {}
+    per_rank = []
+    for i, spec in enumerate(m.tensors):
+        if spec.name in first and _rank_of(spec) > _rank_of(first[spec.name][1]):
+            continue
+        if _wanted(spec.name, patterns) and not spec.name.startswith(optimizers):
+            first[spec.name] = i, spec
+            if spec.variant:
+                per_rank.append(spec.name)
+    tied: dict[str, list[str]] = {}
+    for alias, kept in m.aliases.items():
+        if _wanted(alias, patterns) and kept in first:
+            tied.setdefault(kept, []).append(alias)
+        elif _wanted(alias, patterns):
+            first[alias] = m.index(alias), m.tensors[m.index(alias)]
+    if not first:
+        state = any(_wanted(t.name, patterns) for t in m.tensors)
+        why = "; state of optimizers is not exported" if state else "; `ckpt inspect` lists them"
+        raise NotFoundError(f"{c.ref}: no tensor of a model matches {patterns}{why}")
+    if prefix is None:
+        prefix = "model" if all(n.startswith("model.") for n in first) else ""
+    strip = f"{prefix.rstrip('.')}." if prefix else ""
+    chosen = [
+        _Chosen(
+            i,
+            spec,
+            name.removeprefix(strip),
+            cast if cast and spec.dtype in _CAST else spec.dtype,
+            tuple(alias.removeprefix(strip) for alias in tied.get(name, ())),
+        )
+        for name, (i, spec) in first.items()
+    ]
+    chosen.sort(key=lambda t: _natural(t.name))
+    for a, b in zip(chosen, chosen[1:], strict=False):
+        if a.name == b.name:
+            raise UsageError(f"two tensors would both be called {a.name!r}; choose another prefix_strip")
+    return chosen, tuple(dict.fromkeys(per_rank))
+
+
+def _rank_of(spec: TensorSpec) -> int:
+    digits = spec.variant.removeprefix("rank=")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _check_dtypes(chosen: Sequence[_Chosen]) -> None:
+    lacking = [f"{t.name} ({t.dtype})" for t in chosen if dtype(t.dtype).safetensors is None]
+    if lacking:
+        more = f" and {len(lacking) - 20} more" if len(lacking) > 20 else ""
+        raise UsageError(f"safetensors has no dtype for {', '.join(lacking[:20])}{more}; see export_zarr, or only=")
+
+
+def _shards(chosen: Sequence[_Chosen], limit: int) -> list[list[_Chosen]]:
+    """The tensors in files of at most `limit` bytes, in order; one that is larger has a file of its own."""
+    out: list[list[_Chosen]] = [[]]
+    room = limit
+    for t in chosen:
+        if out[-1] and t.nbytes > room:
+            out.append([])
+            room = limit
+        out[-1].append(t)
+        room -= t.nbytes
+    return out
+
+
+# Reading.
+
+
+def _batches(sizes: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """Groups of items, about `_BATCH` bytes each: one read call each, which looks at every pack it touches once."""
+    batch: list[Any] = []
+    total = 0
+    for item, size in sizes:
+        if batch and total + size > _BATCH:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
+
+
+def _fill(c: Checkpoint, targets: Sequence[Target]) -> None:
+    for t in {target.tensor for target in targets}:
+        c.manifest.check_coverage(t)
+    read_targets(c.backend, c.commit.folder, c.manifest, [t for t in targets if t.array.size])
+
+
+def _read_runs(c: Checkpoint, chosen: Iterable[_Chosen]) -> Iterator[tuple[_Chosen, npt.NDArray[np.uint8]]]:
+    """The bytes of tensors, one after the other, row-major and checked, in parts of at most `_SLICE` bytes."""
+
+    def parts() -> Iterator[tuple[tuple[_Chosen, int, int], int]]:
+        for t in chosen:
+            item = dtype(t.spec.dtype).itemsize
+            for start in range(0, t.spec.nbytes, _SLICE):
+                stop = min(start + _SLICE, t.spec.nbytes)
+                yield (t, start // item, stop // item), stop - start
+
+    for batch in _batches(parts()):
+        targets, runs = [], []
+        for t, start, stop in batch:
+            kind = dtype(t.spec.dtype)
+            run = np.empty((stop - start) * kind.itemsize, dtype=np.uint8)
+            at = 0
+            for box in flat_boxes(t.spec.shape, start, stop):
+                n = box.numel * kind.itemsize
+                targets.append(Target(t.index, box, run[at : at + n].view(kind.numpy).reshape(box.shape)))
+                at += n
+            runs.append((t, run))
+        _fill(c, targets)
+        yield from runs
+
+
+def _read_chunks(
+    c: Checkpoint, requests: Iterable[tuple[int, Box, str, tuple[int, ...]]]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """(key, content) of chunks, zeros where they reach over the edge of their tensor."""
+    kinds = [dtype(t.dtype) for t in c.manifest.tensors]
+    sized = ((r, int(np.prod(r[3], dtype=np.int64)) * kinds[r[0]].itemsize) for r in requests)
+    for batch in _batches(sized):
+        arrays = [(key, np.zeros(shape, dtype=kinds[i].numpy)) for i, _, key, shape in batch]
+        views = [array[tuple(slice(0, n) for n in r[1].shape)] for r, (_, array) in zip(batch, arrays, strict=True)]
+        _fill(c, [Target(r[0], r[1], view) for r, view in zip(batch, views, strict=True)])
+        yield from arrays
+
+
+# Writing.
+
+
+def _write_safetensors(c: Checkpoint, path: str, tensors: Sequence[_Chosen], progress: Progress) -> None:
+    ordered = sorted(tensors, key=lambda t: -dtype(t.dtype).itemsize)  # each is then aligned, without holes
+    meta = {"format": "pt", **{alias: t.name for t in ordered for alias in t.tied}}
+    header: dict[str, Any] = {"__metadata__": meta}
+    at = 0
+    for t in ordered:
+        code = dtype(t.dtype).safetensors
+        header[t.name] = {"dtype": code, "shape": list(t.spec.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t, run in _read_runs(c, ordered):
+            point("export.write")
+            data = run if t.dtype == t.spec.dtype else _converted(run, t.spec.dtype, t.dtype)
+            file.write(memoryview(data))
+            if progress is not None:
+                progress(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _converted(run: npt.NDArray[np.uint8], old: str, new: str) -> npt.NDArray[np.uint8]:
+    import torch
+
+    values = torch.from_numpy(run).view(getattr(torch, old)).to(getattr(torch, new))
+    out: npt.NDArray[np.uint8] = values.view(torch.uint8).numpy()
+    return out
+
+
+def _write_index(path: str, files: Sequence[str], shards: Sequence[Sequence[_Chosen]]) -> None:
+    where = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+    total = sum(t.nbytes for shard in shards for t in shard)
+    _write_file(path, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode())
+
+
+def _write_file(path: str, data: bytes | memoryview) -> None:
+    point("export.write")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _appearing(path: str, *, folder: bool) -> Iterator[str]:
+    """A temporary name beside `path`; what is written there gets its name at the end, or is removed."""
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    if os.path.lexists(path) and not (folder and os.path.isdir(path) and not os.listdir(path)):
+        raise ConflictError(f"{path}: exists already; name another destination")
+    temporary = os.path.join(parent, f".{name}.ckpt-tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        os.makedirs(temporary if folder else parent, exist_ok=True)
+        yield temporary
+        if folder:
+            os.rename(temporary, path)  # refused by the system if something came to be there
+        else:
+            os.link(temporary, path)
+            os.unlink(temporary)
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException as e:
+        with suppress(OSError):
+            shutil.rmtree(temporary) if folder else os.unlink(temporary)
+        if isinstance(e, OSError) and not isinstance(e, CkptError):
+            if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise ConflictError(f"{path}: exists already; name another destination") from e
+            raise StorageError(f"writing {path}: {e.strerror or e}") from e
+        raise

@@ -61,10 +61,11 @@ def plan_prune(backend: Backend, policies: Sequence[Policy], older_than: float, 
     keep = kept(listing, policies)
     present = lineage(listing)
     out = [Doomed(s.folder, "step", s.commit.bytes) for s in listing.committed if s.commit and not keep[s.folder]]
-    for s in listing.steps if damaged else ():
-        nbytes, newest = measure(backend, s.folder) if s.error and _broken(backend, s) else (0, time.time())
-        if time.time() - newest >= older_than:
-            out.append(Doomed(s.folder, "damaged", nbytes))
+    for s in listing.steps:
+        if damaged and s.error and _broken(backend, s):
+            nbytes, newest = measure(backend, s.folder)
+            if time.time() - newest >= older_than:
+                out.append(Doomed(s.folder, "damaged", nbytes))
     out += [Doomed(p, "leftover", measure(backend, p)[0]) for p in leftovers(backend, listing, older_than)]
     latest = present[0].folder if present else ""
     return Pruning(listing.run, latest, tuple(f for f, k in keep.items() if k), tuple(out))

@@ -7,6 +7,7 @@ read whole and checked before any of it is used; blocks that lie contiguously in
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from ckpt.format.manifest import Manifest
 __all__ = ["Pack", "ReadStats", "Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
-_JOB = 1 << 20  # bytes of one read: several blocks, few enough to be checked while still in cache
+_JOB = 2 << 20  # bytes of one read: several blocks, few enough to be checked while still in cache
 _SCRATCH = 4 << 20
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
 
@@ -86,16 +87,19 @@ def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[
         t = target.tensor
         spec = manifest.tensors[t]
         base, item = int(manifest.start[t]), dtype(spec.dtype).itemsize
-        boxes = manifest.boxes(t)
         found = 0
-        for k in _touching(boxes, target.box):
-            stored = Box(tuple(boxes[k, 0].tolist()), tuple(boxes[k, 1].tolist()))
-            common = stored & target.box
-            if common is None:
+        for k, stored in _touching(manifest.boxes(t), target.box):
+            row = base + k
+            segments = out.setdefault(int(manifest.pack[row]), [])
+            if stored == target.box and target.array.flags.c_contiguous:
+                found += stored.numel
+                raw = target.array.reshape(-1).view(np.uint8)
+                segments.append(Segment(row, 0, n_blocks(len(raw)), len(raw), raw))
                 continue
-            found += common.numel
-            row = base + int(k)
-            out.setdefault(int(manifest.pack[row]), []).extend(_segments(row, stored, common, target, item))
+            common = stored & target.box
+            if common is not None:
+                found += common.numel
+                segments.extend(_segments(row, stored, common, target, item))
         if found != target.box.numel:
             raise FormatError(
                 f"tensor {spec.key!r}: the manifest holds {found} of the {target.box.numel} elements of {target.box}"
@@ -105,13 +109,15 @@ def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[
     return out
 
 
-def _touching(boxes: npt.NDArray[np.int64], box: Box) -> npt.NDArray[np.int64]:
-    """Indices of the stored boxes that may meet `box`."""
-    if not box.shape:
-        return np.arange(len(boxes))
-    lo, hi = np.array(box.offset), np.array(box.stop)
-    meets = ((boxes[:, 0] < hi) & (boxes[:, 0] + boxes[:, 1] > lo)).all(axis=1)
-    return np.flatnonzero(meets)
+def _touching(boxes: npt.NDArray[np.int64], box: Box) -> Iterator[tuple[int, Box]]:
+    """(index, box) of the stored boxes that may meet `box`."""
+    which: Sequence[int] = range(len(boxes))
+    if box.shape and len(boxes) > 8:
+        lo, hi = np.array(box.offset), np.array(box.stop)
+        which = np.flatnonzero(((boxes[:, 0] < hi) & (boxes[:, 0] + boxes[:, 1] > lo)).all(axis=1)).tolist()
+        boxes = boxes[which]
+    for k, (offset, shape) in zip(which, boxes.tolist(), strict=True):
+        yield k, Box(tuple(offset), tuple(shape))
 
 
 def _segments(row: int, stored: Box, common: Box, target: Target, item: int) -> Iterator[Segment]:
@@ -214,7 +220,7 @@ class Pack:
     def fragment(self, row: int, tensor: int, shape: tuple[int, ...]) -> _Fragment:
         m = self.manifest
         code = 0 if m.codec is None else int(m.codec[row])
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype(m.tensors[tensor].dtype).itemsize
+        nbytes = math.prod(shape) * dtype(m.tensors[tensor].dtype).itemsize
         return _Fragment(
             tensor,
             shape,
@@ -266,35 +272,30 @@ def read_targets(
     """
     stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
     plan = plan_reads(manifest, targets)
-    touched = {t.tensor for t in targets if t.box.numel}
-    shapes = {t: manifest.boxes(t) for t in touched}
-    tensor_of = {row: t for t in touched for row in range(int(manifest.start[t]), int(manifest.start[t + 1]))}
     jobs: list[_Job] = []
     for index in sorted(plan):
         pack = Pack(backend, folder, manifest, index, stats)
-        jobs.extend(_jobs(pack, plan[index], tensor_of, shapes))
+        jobs.extend(_jobs(pack, plan[index]))
     stats.read += sum(job.stop - job.start for job in jobs)
     _run_all(jobs, threads, progress)
     return stats
 
 
-def _jobs(
-    pack: Pack, segments: Sequence[Segment], tensor_of: dict[int, int], shapes: dict[int, npt.NDArray[np.int64]]
-) -> Iterator[_Job]:
+def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
     """Joins neighbouring segments into ranges of about a megabyte; cuts long ones at blocks."""
+    manifest = pack.manifest
+    owner = (np.searchsorted(manifest.start, [s.row for s in segments], side="right") - 1).tolist()
     job: _Job | None = None
     row, fragment, starts = -1, None, None
-    for segment in segments:
+    for segment, t in zip(segments, owner, strict=True):
         if segment.row != row or fragment is None:
             row = segment.row
-            t = tensor_of[row]
-            shape = tuple(shapes[t][row - int(pack.manifest.start[t]), 1].tolist())
-            fragment = pack.fragment(row, t, shape)
+            fragment = pack.fragment(row, t, tuple(manifest.boxes(t)[row - int(manifest.start[t]), 1].tolist()))
             starts = _stored_starts(pack, fragment)
         for part in _pieces(segment, fragment):
             lo = fragment.offset + (part.first * BLOCK if starts is None else int(starts[part.first]))
             hi = lo + part.nbytes if starts is None else fragment.offset + int(starts[part.first + part.count])
-            full = job is not None and (lo < job.stop or lo - job.stop > _GAP or hi - job.start > 2 * _JOB)
+            full = job is not None and (lo < job.stop or lo - job.stop > _GAP or hi - job.start > _JOB)
             if job is None or full:
                 if job is not None:
                     yield job
@@ -416,7 +417,7 @@ def _place(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes) -> 
 def _decode(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes, base: int) -> Bytes:
     assert fragment.codec is not None and pack.stored is not None
     codec = fragment.codec.make()
-    raw = np.empty(segment.nbytes, dtype=np.uint8)
+    raw = np.zeros(segment.nbytes, dtype=np.uint8)  # a hostile block that decodes to less must not show old memory
     at = 0
     for k in range(segment.count):
         n = int(pack.stored[base + k])

@@ -22,7 +22,7 @@ from ckpt.catalog import delete_tree, generations_in_use, list_run, parse_ref, r
 from ckpt.collective import Group, decode, encode
 from ckpt.commit import Commit, claim_attempt, commit_step, read_commit, read_manifest, step_folder
 from ckpt.config import settings
-from ckpt.errors import UsageError
+from ckpt.errors import CkptError, DeadlineError, UsageError
 from ckpt.format.codec import Codec
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest, ObjectEntry
@@ -108,9 +108,11 @@ def reshard(
             # A round for each turn: processes stay within one pack of one another, and a failure stops them all.
             group.round(f"packs {turn} of {job.folder}", report, job.collect)
         answer, _ = decode(group.round(f"commit {job.folder}", b"", lambda _: job.commit(ranks)))
-    except BaseException:
-        job.clean_up(group.rank)
+    except BaseException as e:
+        job.clean_up(group.rank, e)
         raise
+    finally:
+        job.close()
     return ReshardReport(
         ref=f"{target.root}/{job.folder}",
         source=f"{source.root}/{folder}",
@@ -132,13 +134,13 @@ class _Job:
     origin: Commit
     plan: Plan
     codecs: list[Codec | None]
-    ring: Ring
 
     def __init__(self, source: Backend, target: Backend) -> None:
         self.source, self.target = source, target
         self.folder = self.attempt = self.writer = ""
         self.step = self.generation = self.read = 0
         self.publishing = False
+        self.ring: Ring | None = None
         self.reports: list[PackReport | None] = []
 
     def prepare(self, folder: str, ranks: int, tp: int, rules: Sequence[TpRule]) -> None:
@@ -150,7 +152,6 @@ class _Job:
             m.check_coverage(t)
         code = [0 if m.codec is None or a == b else int(m.codec[a]) for a, b in zip(m.start, m.start[1:], strict=False)]
         self.codecs = [m.codecs[c - 1] if c else None for c in code]
-        self.ring = Ring(settings())
 
     def claim(self, ranks: int, step: int | None) -> bytes:
         """The leader's: names the step folder and claims an attempt."""
@@ -172,7 +173,8 @@ class _Job:
             boxes.append((t, box))
         if not pieces:
             return None
-        order = layout_pack(pieces).order.tolist()
+        layout = layout_pack(pieces)
+        order = layout.order.tolist()
         stream = Stream(self.source, self.origin.folder, self.manifest, [boxes[i] for i in order])
         feed = _Feed(stream, progress)
         sources: list[Source] = [None] * len(pieces)  # type: ignore[list-item]
@@ -180,7 +182,8 @@ class _Job:
             sources[i] = _Stored(feed, place, pieces[i].nbytes)
         path = f"{self.folder}/{self.attempt}/rank-{rank:05d}.safetensors"
         try:
-            return write_pack(self.target, path, pieces, sources, self.ring)
+            self.ring = self.ring or Ring(settings())
+            return write_pack(self.target, path, pieces, sources, self.ring, layout)
         finally:
             feed.close()
             self.read += stream.stats.read
@@ -195,7 +198,10 @@ class _Job:
         m = self.manifest
         table = [c for c in m.codecs if c in self.codecs]
         code = np.array([1 + table.index(c) if c else 0 for c in self.codecs], dtype=np.uint8)
-        self.publishing = True
+
+        def publishing() -> None:
+            self.publishing = True
+
         done = commit_step(
             self.target,
             step=self.step,
@@ -209,14 +215,30 @@ class _Job:
             aliases=m.aliases,
             reports=self.reports[:ranks],
             metrics=self.origin.metrics,
+            publishing=publishing,
         )
         return encode({"bytes": done.bytes, "packs": sum(r is not None for r in self.reports)})
 
-    def clean_up(self, rank: int) -> None:
-        """Removes what a failed rewrite left; only the leader, and only if it never tried to publish."""
-        if rank == 0 and self.attempt and not self.publishing:
-            with suppress(Exception):
-                delete_tree(self.target, f"{self.folder}/{self.attempt}")
+    def clean_up(self, rank: int, error: BaseException) -> None:
+        """Removes what a failed rewrite left; only the leader, and only if it never tried to publish.
+
+        The claim of the attempt goes last, and stays if a process may still be writing.
+        """
+        if rank != 0 or not self.attempt or self.publishing:
+            return
+        at = f"{self.folder}/{self.attempt}"
+        with suppress(Exception):
+            for entry in self.target.list(at):
+                if entry.name != "attempt.json":
+                    delete_tree(self.target, f"{at}/{entry.name}")
+            if isinstance(error, CkptError) and not isinstance(error, DeadlineError):
+                delete_tree(self.target, at)
+
+    def close(self) -> None:
+        if self.ring is not None:
+            self.ring.threads.shutdown()
+        self.source.close()
+        self.target.close()
 
 
 def _origin(commit: Commit, manifest: Manifest) -> ObjectEntry:
@@ -278,7 +300,7 @@ class _Stored(Source):
     """A fragment to write whose bytes are in another checkpoint."""
 
     def __init__(self, feed: _Feed, index: int, nbytes: int) -> None:
-        self._feed, self._index, self.nbytes = feed, index, nbytes
+        self._feed, self._index, self.nbytes, self.flat = feed, index, nbytes, None
 
     def into(self, start: int, out: _Bytes) -> None:
         """Copies bytes [start, start+len(out)) of the fragment."""

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,11 +37,11 @@ ELSEWHERE = ("fsdp2", "hsdp2x2", "single")
 class Plan:
     """The steps of the story; a checkpoint is stored after every `every`-th."""
 
-    total: int = 40
-    every: int = 10
-    compare_at: int = 19
+    total: int = 36
+    every: int = 8
+    compare_at: int = 15
     kill_rank: int = 2
-    kill_at: int = 26
+    kill_at: int = 20
 
 
 class Demo:
@@ -56,20 +57,21 @@ class Demo:
         plan, home = self.plan, LAYOUTS["fsdp4"]
         reference = Reference(self.uninterrupted(), plan.compare_at, plan.total - 1)
         rows = [reference_row(reference, home)]
-        self.measure_disk(reference.fingerprint(plan.compare_at).get("bytes", 0))
+        size = reference.fingerprint(plan.compare_at)["bytes"]
         killed = self.worker("killed", "fsdp4", self.run, seed=1, kill=(plan.kill_rank, plan.kill_at))
         self.clock.say(
             f"killed: rank {plan.kill_rank} got SIGKILL after step {plan.kill_at}; torchrun took down the rest"
         )
         rows.append(killed_row(reference, killed, home, plan.kill_at))
         forks = {layout: self.fork(layout) for layout in ELSEWHERE}
-        again = self.worker("restart-fsdp4", "fsdp4", self.run, seed=101)
-        rows.append(restart_row(reference, again, home, self.disk, name="restart-fsdp4", bitwise=True))
-        for seed, (layout, run) in enumerate(forks.items(), 102):
-            ended = self.worker(f"restart-{layout}", layout, run, seed=seed)
-            row = restart_row(reference, ended, LAYOUTS[layout], self.disk, name=f"restart-{layout}", bitwise=False)
-            rows.append(row)
-            shutil.rmtree(run, ignore_errors=True)
+        for seed, (layout, run) in enumerate({home.name: self.run, **forks}.items(), 101):
+            name = f"restart-{layout}"
+            disk = self.measure_disk(size)
+            ended = self.worker(name, layout, run, seed=seed)
+            bitwise = layout == home.name
+            rows.append(restart_row(reference, ended, LAYOUTS[layout], disk, name=name, bitwise=bitwise))
+        for run in forks.values():
+            shutil.rmtree(run)
         return rows
 
     def uninterrupted(self) -> Ended:
@@ -93,12 +95,13 @@ class Demo:
         arguments += ["--kill", *kill] if kill else []
         return launch(self.clock, name, "demo_worker.py", LAYOUTS[layout].world, arguments, self.out / "logs")
 
-    def measure_disk(self, size: int) -> None:
-        """Nothing else runs meanwhile: the limit is what the disk could do, not what is left of it."""
-        if size:
-            self.disk += [demo_disk.measure(self.out, size) for _ in range(5)]
-            rate = sorted(d.rate for d in self.disk)[len(self.disk) // 2]
-            self.clock.say(f"disk limit for {size / 1e6:.0f} MB: {rate / 1e9:.2f} GB/s (median of {len(self.disk)})")
+    def measure_disk(self, size: int) -> list[demo_disk.DiskTime]:
+        """Right before a run, and with nothing else going on: what the disk can do, not what is left of it."""
+        found = [demo_disk.measure(self.out, size) for _ in range(5)]
+        rate = statistics.median(d.rate for d in found)
+        self.clock.say(f"disk limit for {size / 1e6:.0f} MB: {rate / 1e9:.2f} GB/s")
+        self.disk += found
+        return found
 
 
 def facts(demo: Demo) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def notes(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
         "control: the same, where the layout was changed in memory, without any checkpoint: summation order alone.",
         f"save s: storing the last step ({size / 1e6:.0f} MB), until it is committed; GB/s and the ratio are of this save.",
         "load s: opening the run and restoring it, from the page cache; bytes are checked on the way.",
-        f"disk limit: {limit}, the same number of bytes written raw with direct I/O and fsync by two threads.",
+        f"disk limit: {limit} (median): as many bytes written raw, with direct I/O and fsync, by two threads, before each run.",
     ]
 
 

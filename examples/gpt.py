@@ -20,7 +20,7 @@ class GPTConfig:
     """The shape of the model."""
 
     vocabulary: int = 256
-    context: int = 64
+    context: int = 48
     width: int = 384
     depth: int = 6
     heads: int = 6

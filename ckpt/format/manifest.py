@@ -25,7 +25,7 @@ from safetensors.numpy import save as st_save
 from ckpt.errors import FormatError, NotFoundError
 from ckpt.format.codec import BLOCK, Codec
 from ckpt.format.dtypes import dtype
-from ckpt.format.fragment import in_a_row, tiles
+from ckpt.format.fragment import tiles
 from ckpt.format.pack import ALIGN, MAX_HEADER, TensorSpec
 
 __all__ = ["VERSION", "Manifest", "ObjectEntry", "Packs", "build_manifest", "dump_manifest", "parse_manifest"]
@@ -78,6 +78,17 @@ _PACK_COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Fragments of tensors with d dimensions: `row` of each, `tensor` it belongs to, `box` (n, 2, d), and the tensor's
+    `shape` (n, d). Numbers above 2**62 are cut to that, so that sums of two cannot overflow."""
+
+    row: npt.NDArray[np.int64]
+    tensor: npt.NDArray[np.int64]
+    box: npt.NDArray[np.int64]
+    shape: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The index of one checkpoint.
@@ -117,6 +128,48 @@ class Manifest:
         return np.concatenate(([0], np.cumsum(np.diff(self.start) * width))).astype(np.int64)
 
     @cached_property
+    def by_ndim(self) -> tuple[Rows, ...]:
+        """All fragments, those of tensors with equally many dimensions together."""
+        ndim = np.array([len(t.shape) for t in self.tensors], dtype=np.int64)
+        owner = np.repeat(np.arange(len(self.tensors)), np.diff(self.start))
+        of_row = ndim[owner]
+        first = np.concatenate(([0], np.cumsum(2 * of_row)))[:-1]
+        out = []
+        for d in np.unique(of_row).tolist():
+            row = np.flatnonzero(of_row == d)
+            flat = self.box if len(row) == len(of_row) else self.box[first[row][:, None] + np.arange(2 * d)]
+            box = np.minimum(flat, flat.dtype.type(min(2**62, np.iinfo(flat.dtype).max))).astype(np.int64)
+            tensors = np.flatnonzero(ndim == d)
+            shapes = np.array([self.tensors[t].shape for t in tensors.tolist()], dtype=np.int64).reshape(
+                len(tensors), d
+            )
+            place = np.zeros(len(ndim), dtype=np.int64)
+            place[tensors] = np.arange(len(tensors))
+            out.append(Rows(row, owner[row], box.reshape(len(row), 2, d), shapes[place[owner[row]]]))
+        return tuple(out)
+
+    @cached_property
+    def _in_a_row(self) -> npt.NDArray[np.bool_]:
+        """Per tensor: whether its fragments, in order, cut it along one axis and nowhere else: the usual tiling."""
+        out = np.zeros(len(self.tensors), dtype=bool)
+        for group in self.by_ndim:
+            first = np.flatnonzero(np.diff(group.tensor, prepend=-1))
+            last = np.append(first[1:], len(group.tensor)) - 1
+            lo, n = group.box[:, 0], group.box[:, 1]
+            if lo.shape[1] == 0:
+                out[group.tensor[first]] = first == last
+                continue
+            cut = np.logical_or.reduceat(n != group.shape, first, axis=0)
+            axis = np.repeat(np.argmax(cut, axis=1), last - first + 1)
+            at = np.arange(len(axis))
+            lo, n, size = lo[at, axis], n[at, axis], group.shape[at, axis]
+            joined = np.append(lo[1:] == lo[:-1] + n[:-1], True) & (n > 0)
+            joined[last] = (lo + n == size)[last] & (n > 0)[last]
+            whole = np.logical_and.reduceat(joined, first) & (lo[first] == 0)
+            out[group.tensor[first]] = whole & (cut.sum(axis=1) <= 1)
+        return out
+
+    @cached_property
     def has_variants(self) -> dict[str, list[str]]:
         """Tensor name -> its variants, for those that have any."""
         out: dict[str, list[str]] = {}
@@ -149,9 +202,9 @@ class Manifest:
 
     def check_coverage(self, t: int) -> None:
         """Raises FormatError unless the fragments of tensor t tile it exactly."""
-        spec, boxes = self.tensors[t], self.boxes(t)
-        if in_a_row(spec.shape, boxes[:, 0], boxes[:, 1]):
+        if self._in_a_row[t]:
             return
+        spec, boxes = self.tensors[t], self.boxes(t)
         total = sum(math.prod(row) for row in boxes[:, 1].tolist())
         if total != math.prod(spec.shape):
             raise FormatError(f"tensor {spec.key!r}: fragments hold {total} of {math.prod(spec.shape)} elements")
@@ -373,7 +426,7 @@ def _check_rows(m: Manifest) -> None:
     end = m.packs.table_offset[m.pack]
     _need((m.offset >= m.packs.data_start[m.pack]).all() and (m.offset <= end).all(), "fragment offset")
     _need((m.length <= end - m.offset).all(), "fragment length")
-    raw = np.concatenate([_fragment_bytes(m, i) for i in range(t)]) if t else np.empty(0, np.int64)
+    raw = _fragment_bytes(m)
     plain = slice(None) if m.codec is None else m.codec == _NO_CODEC
     _need((m.length[plain].astype(np.int64) == raw[plain]).all(), "fragment length differs from its box")
     blocks = -(-raw // BLOCK)
@@ -383,16 +436,16 @@ def _check_rows(m: Manifest) -> None:
         _need((m.packs.entry[m.pack[coded]] == 8).all(), "coded fragment in a pack without stored lengths")
 
 
-def _fragment_bytes(m: Manifest, t: int) -> npt.NDArray[np.int64]:
-    """Raw bytes of each fragment of tensor t, its boxes checked against the shape."""
-    spec = m.tensors[t]
-    ndim = len(spec.shape)
-    if not ndim:
-        return np.full(int(m.start[t + 1] - m.start[t]), dtype(spec.dtype).itemsize, dtype=np.int64)
-    raw = m.box[m.box_start[t] : m.box_start[t + 1]].astype(np.uint64).reshape(-1, 2, ndim)
-    shape = np.array(spec.shape, dtype=np.uint64)
-    inside = (raw[:, 0] <= shape).all() and (raw[:, 1] <= shape - np.minimum(raw[:, 0], shape)).all()
-    _need(inside, f"a box of {spec.key[:200]!r} lies outside its shape")
-    # Boxes are inside the shape, whose bytes were checked to stay below 2**62: the product cannot overflow.
-    nbytes: npt.NDArray[np.int64] = raw[:, 1].astype(np.int64).prod(axis=1) * dtype(spec.dtype).itemsize
-    return nbytes
+def _fragment_bytes(m: Manifest) -> npt.NDArray[np.int64]:
+    """Raw bytes of every fragment, its box checked against its tensor's shape."""
+    out = np.empty(len(m.pack), dtype=np.int64)
+    for group in m.by_ndim:
+        n = group.box[:, 1]
+        bad = (group.box[:, 0] + n > group.shape).any(axis=1)
+        if bad.any():
+            name = m.tensors[int(group.tensor[int(np.argmax(bad))])].key
+            raise FormatError(f"damaged or hostile: a box of {name[:200]!r} lies outside its shape")
+        # Boxes are inside the shape, whose bytes were checked to stay below 2**62: the product cannot overflow.
+        item = np.array([dtype(t.dtype).itemsize for t in m.tensors], dtype=np.int64)[group.tensor]
+        out[group.row] = n.prod(axis=1) * item
+    return out

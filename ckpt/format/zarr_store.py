@@ -232,6 +232,14 @@ class CheckpointStore(Store):  # type: ignore[misc]  # zarr is untyped here
             values = full
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
+    def chunks(self, name: str) -> Iterator[tuple[str, Box, tuple[int, ...]]]:
+        """(store key, the elements in it, the shape it is filled up to) of every chunk of an array."""
+        array = self._array(name)
+        for key in array.chunk_keys() if array is not None else ():
+            box = array.box(key) if array is not None else None
+            if array is not None and box is not None:
+                yield f"{name}/{key}", box, array.chunk
+
     def keys(self) -> Iterator[str]:
         """Every key of the store."""
         yield _METADATA

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import kills
+import pairs
 from conftest import Fresh
 
 
 def test_a_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
     deaths = fresh(kills.kills_of_save, str(quick_folder))
     points = [d.point for d in deaths]
-    print(len(points), points)
     # Everything that a save does to files is among them, in this order.
     commit = len(points) - 1 - points[::-1].index("local.create.link")
     assert points[0] == "local.mkdir" and points.count("local.create.link") == 3
@@ -23,13 +23,35 @@ def test_a_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
 def test_a_job_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
     deaths = fresh(kills.kills_of_a_job, str(quick_folder))
     points = [d.point for d in deaths]
-    print(len(points), points)
-    assert "local.delete" in points and points.count("local.create.link") > 8
+    assert "local.delete" in points and points.count("local.create.link") == 5  # generation, attempt, ..., ledger
     newest = [d.newest for d in deaths]
-    assert newest == sorted(newest) and set(newest) == {2, 3, 4}
+    assert newest == sorted(newest) and set(newest) == {2, 3}
 
 
 def test_a_prune_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
     deaths = fresh(kills.kills_of_prune, str(quick_folder))
-    print(len(deaths), [d.point for d in deaths])
     assert {d.point for d in deaths} >= {"local.delete"}
+
+
+def test_a_collective_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
+    outcomes = fresh(pairs.kills_of_a_pair, str(quick_folder))
+
+    def of(victim: int, both: bool, file: bool) -> list[pairs.Outcome]:
+        found = [o for o in outcomes if o.case.victim == victim and o.case.both == both and o.case.file == file]
+        return sorted(found, key=lambda o: o.case.n)
+
+    leader = [o.point for o in of(0, True, True)]
+    commit = len(leader) - 1 - leader[::-1].index("local.create.link")
+    assert leader[0] == "local.mkdir" and leader.count("local.create.link") == 3
+    writer = [p for p in leader if p.startswith("local.new.")]
+    assert [o.newest for o in of(0, True, True)] == [1] * (commit + 1) + [2] * (len(leader) - commit - 1)
+    for file in (True, False):
+        lone = of(0, False, file)
+        assert [o.point for o in lone] == leader
+        assert [o.newest for o in lone] == [1] * (commit + 1) + [2] * (len(leader) - commit - 1)
+        # Who is left says who is missing, whether the store went with rank 0 or outlived it.
+        assert all(o.said.startswith("deadline: " if file else "peer: lost touch") and "rank 0" in o.said for o in lone)
+        left = of(1, False, file)
+        assert [o.point for o in left] == writer and {o.newest for o in left} == {1}
+        assert all(o.said.startswith("deadline: commit ") and "rank 1 did not come" in o.said for o in left)
+    assert [o.point for o in of(1, True, True)] == writer and {o.newest for o in of(1, True, True)} == {1}

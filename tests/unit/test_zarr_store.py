@@ -15,7 +15,6 @@ from zarr.core.buffer import default_buffer_prototype
 import ckpt
 from ckpt.format.dtypes import DTYPES, dtype
 from ckpt.format.fragment import Box
-from ckpt.format.manifest import ObjectEntry  # noqa: F401  (the store must not need objects)
 from ckpt.format.zarr_store import CheckpointStore, array_name, chunk_shape
 
 
@@ -57,7 +56,7 @@ def everything():
 
 
 def test_every_tensor_opens_with_its_content(everything):
-    state, c = everything
+    _, c = everything
     group = zarr.open_group(c.zarr_store(), mode="r")
     assert group.metadata.consolidated_metadata is not None
     for name in c.tensors:
@@ -65,11 +64,11 @@ def test_every_tensor_opens_with_its_content(everything):
         want = c.tensors[name].read()
         assert array.shape == tuple(want.shape)
         assert array.attrs["dtype"] == str(want.dtype).removeprefix("torch.") and array.attrs["key"] == name
-        np.testing.assert_array_equal(np.asarray(array[...]).view(np.uint8), raw(want).view(np.uint8))
+        np.testing.assert_array_equal(np.reshape(array[...], -1).view(np.uint8), raw(want).reshape(-1).view(np.uint8))
     assert set(dict(group.arrays())) == {array_name(n) for n in c.tensors}
     assert group["t.bfloat16"].dtype == np.uint16 and group["t.float8_e5m2"].dtype == np.uint8
     assert group["t.scalar"][()] == 3.5 and group["t.empty"].shape == (0, 4)
-    assert not hasattr(group["t.slash%2Fand%25"], "arrays") and group["t.model.a.b"].shape == (4,)
+    assert group["t.slash%2Fand%25"].attrs["key"] == "t.slash/and%" and group["t.model.a.b"].shape == (4,)
 
 
 def test_slices_and_selections(everything):
@@ -108,10 +107,10 @@ def made_of(whole, shards):
     """A checkpoint whose tensors are stored in the given boxes, in one pack."""
     from ckpt.backends import backend_for
     from ckpt.commit import claim_attempt, commit_step, read_commit
+    from ckpt.config import settings
     from ckpt.format.pack import Piece, TensorSpec
     from ckpt.plan import Plan
     from ckpt.saving import Planner
-    from ckpt.config import settings
     from ckpt.write import source_of, write_pack
 
     run = f"memory://{uuid.uuid4().hex}"
@@ -162,7 +161,9 @@ def made_of(whole, shards):
 def test_chunk_shapes(shape, itemsize, step, target, want):
     boxes = np.zeros((0, 2, len(shape)), dtype=np.int64)
     if step:
-        offsets = np.stack(np.meshgrid(*(np.arange(0, n, s) for n, s in zip(shape, step)), indexing="ij"), -1)
+        offsets = np.stack(
+            np.meshgrid(*(np.arange(0, n, s) for n, s in zip(shape, step, strict=True)), indexing="ij"), -1
+        )
         offsets = offsets.reshape(-1, len(shape))
         boxes = np.stack([offsets, np.minimum(step, np.array(shape) - offsets)], axis=1)
     got = chunk_shape(shape, itemsize, boxes, target)
@@ -187,7 +188,15 @@ def test_keys_sizes_and_ranges(everything):
         cuts = [RangeByteRequest(3, 20), OffsetByteRequest(5), SuffixByteRequest(7), None]
         parts = await store.get_partial_values(prototype, [(key, cut) for cut in cuts] + [("nothing", None)])
         assert [p and p.to_bytes() for p in parts] == [whole[3:20], whole[5:], whole[-7:], whole, None]
-        for absent in ("t.float64/c/0/00", "t.float64/c/0", "t.float64/c/9/9", "t.float64", "c", "", "t.float64/c/0/٠"):
+        for absent in (
+            "t.float64/c/0/00",
+            "t.float64/c/0",
+            "t.float64/c/9/9",
+            "t.float64",
+            "c",
+            "",
+            "t.float64/c/0/\u0660",
+        ):
             assert not await store.exists(absent) and await store.get(absent, prototype) is None
             with pytest.raises(FileNotFoundError):
                 await store.getsize(absent)
@@ -216,9 +225,9 @@ def test_writing_is_refused(everything):
     _, c = everything
     store = c.zarr_store()
     group = zarr.open_group(store, mode="r")
-    with pytest.raises(Exception, match="never changed|read.only"):
+    with pytest.raises(Exception, match=r"never changed|read.only"):
         group["t.int8"][0, 0] = 1
-    with pytest.raises(Exception, match="never changed|read.only"):
+    with pytest.raises(Exception, match=r"never changed|read.only"):
         zarr.open_group(store, mode="w")
     with pytest.raises(ckpt.UsageError):
         store.with_read_only(False)
