@@ -28,13 +28,15 @@ if TYPE_CHECKING:
         UnsafeError,
         UsageError,
     )
+    from ckpt.format.layout import Layout
     from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
     from ckpt.rng import RNG
-    from ckpt.shards import Shard
+    from ckpt.shards import ByLayout, Shard
 
 __version__ = "0.1.0"
 __all__ = [
     "RNG",
+    "ByLayout",
     "Checkpoint",
     "Checkpointer",
     "CkptError",
@@ -46,6 +48,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Layout",
     "LayoutError",
     "MismatchError",
     "NotFoundError",
@@ -78,6 +81,8 @@ _HOME = {
     "PerRank": "objects",
     "Pickled": "objects",
     "Replicated": "objects",
+    "ByLayout": "shards",
+    "Layout": "format.layout",
     "Shard": "shards",
 }
 

@@ -12,10 +12,12 @@ write the round's claim, the leader about to decide or a rank that waited long e
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -64,6 +66,7 @@ class Solo:
 
 
 _LEADER = b"the leader decides"
+_LINGER = 10.0
 
 
 class _StoreGroup:
@@ -75,6 +78,7 @@ class _StoreGroup:
         # torchrun's store outlives a process group: a second one over it must not read the first one's rounds.
         self._prefix = f"ckpt/{(self._do('add', 'ckpt/ranks', 1) - 1) // world}"
         self._next = 0
+        self._unread = -1  # the leader's last round, until every rank is known to have read it
 
     def _key(self, number: int, what: str) -> str:
         return f"{self._prefix}/{number}/{what}"
@@ -114,9 +118,22 @@ class _StoreGroup:
             raise DeadlineError(
                 f"{name}: rank 0 stopped in the middle of deciding; is it hanging or gone? The run tells how far it came"
             )
-        return self._read(number, verdict)
+        try:
+            return self._read(number, verdict)
+        finally:
+            with suppress(PeerError):
+                if self._do("add", self._key(number, "reads"), 1) == self.world - 1:
+                    self._do("set", self._key(number, "read"), b"")
+
+    def linger(self) -> None:
+        """Keeps a leader that is about to exit, and may take the store with it, until its last answer was read."""
+        if self._unread >= 0:
+            with suppress(PeerError):
+                self._wait(self._key(self._unread, "read"), min(_LINGER, settings().deadline))
+        self._unread = -1
 
     def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:
+        self._unread = -1
         end = time.monotonic() + deadline
         letters = [_letter(name, payload)]
         late = []
@@ -126,6 +143,7 @@ class _StoreGroup:
             if letter is None:
                 late.append(rank)
         answers: list[bytes]
+        self._unread = -1 if late else number
         try:
             if late:
                 who = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
@@ -163,8 +181,8 @@ class _StoreGroup:
         for rank in range(1, self.world):
             self._do("delete_key", self._key(number, str(rank)))
             self._do("delete_key", self._key(number, f"answer-{rank}"))
-        self._do("delete_key", self._key(number, "answer"))
-        self._do("delete_key", self._key(number, "claim"))
+        for what in ("answer", "claim", "reads", "read"):
+            self._do("delete_key", self._key(number, what))
 
     def _wait(self, key: str, seconds: float) -> bytes | None:
         try:
@@ -203,6 +221,13 @@ def _open(rank: int, letter: bytes, name: str) -> bytes:
 
 
 _groups: dict[int, _StoreGroup] = {}
+
+
+@atexit.register
+def linger() -> None:
+    """What a process does last, so that a save that rank 0 saw succeed does so for ranks that are slower to hear."""
+    for group in _groups.values():
+        group.linger()
 
 
 def current_group() -> Group:

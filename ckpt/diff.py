@@ -174,19 +174,24 @@ class _Pair:
     at: int = 0
 
     def add(self, a: npt.NDArray[Any], b: npt.NDArray[Any], at: npt.NDArray[np.int64]) -> None:
-        """Values that differ in bits, and the flat indices of their elements. NaNs of any bits have no distance."""
-        self.elements += len(np.unique(at))
+        """Values of elements that differ in bits, (n,) or (n, 2), and the elements' flat indices (n,)."""
+        self.elements += len(at)
+        at = np.repeat(at, a.size // len(at))
+        a, b = a.reshape(-1), b.reshape(-1)
         distance, scale, odd = _distance(a, b)
         self.nonfinite += int(odd.sum())
         self.close = self.close and not odd.any()
-        distance, scale, at = distance[~odd], scale[~odd], at[~odd]
+        if odd.any():
+            distance, scale, at = distance[~odd], scale[~odd], at[~odd]
         if not len(distance):
             return
         with np.errstate(all="ignore"):
             wide = distance.astype(np.float64)
             relative = np.where(scale > 0, wide / scale, 0.0)
             if self.tolerance is not None:
-                self.close = self.close and bool((wide <= self.tolerance[1] + self.tolerance[0] * scale).all())
+                self.close = self.close and bool(
+                    ((wide <= self.tolerance[1] + self.tolerance[0] * scale) | (wide == 0)).all()
+                )
         k = int(np.argmax(distance))
         if self.max_abs is None or distance[k] > self.max_abs:
             self.max_abs, self.at = distance[k].item(), int(at[k])
@@ -247,10 +252,9 @@ def _compare_bits(a: Checkpoint, b: Checkpoint, pairs: Sequence[_Pair], progress
                 p, q = x.data[lo : lo + step], y.data[lo : lo + step]
                 unequal = _unequal(p, q, kind.itemsize)
                 if len(unequal):
-                    p, q = (v.reshape(-1, kind.itemsize)[unequal] for v in (p, q))
+                    p, q = (_elements(v, kind.itemsize)[unequal].view(np.uint8) for v in (p, q))
                     at = unequal + (x.start + lo) // kind.itemsize
-                    values = [numbers(v, kind.name) for v in (p, q)]
-                    pair.add(*(v.reshape(-1) for v in values), np.repeat(at, values[0].size // len(at)))
+                    pair.add(numbers(p, kind.name), numbers(q, kind.name), at)
             if progress is not None:
                 progress(len(x.data))
 
@@ -259,9 +263,13 @@ def _unequal(p: npt.NDArray[np.uint8], q: npt.NDArray[np.uint8], itemsize: int) 
     """The elements that differ in any bit."""
     if np.array_equal(p, q):
         return np.empty(0, dtype=np.int64)
+    return np.flatnonzero((_elements(p, itemsize) != _elements(q, itemsize)).any(axis=1))
+
+
+def _elements(data: npt.NDArray[np.uint8], itemsize: int) -> npt.NDArray[Any]:
+    """One row for each element: the bits as one unsigned integer, or two."""
     word = min(itemsize, 8)
-    different = p.view(f"<u{word}") != q.view(f"<u{word}")
-    return np.flatnonzero(different.reshape(-1, itemsize // word).any(axis=1))
+    return data.view(f"<u{word}").reshape(-1, itemsize // word)
 
 
 def _compare_values(a: Checkpoint, b: Checkpoint, pair: _Pair, progress: Progress | None) -> None:

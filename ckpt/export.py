@@ -6,36 +6,35 @@ a temporary name beside the destination, which appears whole at the end or not a
 
 from __future__ import annotations
 
-import errno
 import fnmatch
+import itertools
 import json
 import os
 import re
-import shutil
 import struct
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ckpt.appearing import appearing, write_file
 from ckpt.checkpoint import Checkpoint, open_checkpoint
 from ckpt.dcp_tree import optimizer_keys
-from ckpt.errors import CkptError, ConflictError, NotFoundError, StorageError, UsageError
+from ckpt.errors import NotFoundError, UsageError
 from ckpt.faults import point
 from ckpt.format.dtypes import dtype
-from ckpt.format.fragment import Box, flat_boxes
+from ckpt.format.fragment import Box, whole
 from ckpt.format.pack import TensorSpec
 from ckpt.read import Target, read_targets
+from ckpt.window import Stream
 
 __all__ = ["ExportReport", "export_safetensors", "export_zarr"]
 
+_WINDOW = 32 << 20
 _BATCH = 64 << 20
-_SLICE = 32 << 20
 _ZARR_CHUNK = 32 << 20
 _CAST = ("float64", "float32", "float16", "bfloat16")
 Progress = Callable[[int], None] | None
@@ -115,14 +114,14 @@ def export_safetensors(
         _check_dtypes(chosen)
         if out.endswith(".safetensors"):
             files = [os.path.basename(out)]
-            with _appearing(out, folder=False) as temporary:
+            with appearing(out, folder=False) as temporary:
                 _write_safetensors(c, temporary, chosen, progress)
         else:
             shards = _shards(chosen, max_shard_bytes)
             n = len(shards)
             numbered = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
             files = ["model.safetensors"] if n == 1 else numbered
-            with _appearing(out, folder=True) as temporary:
+            with appearing(out, folder=True) as temporary:
                 for file, shard in zip(files, shards, strict=True):
                     _write_safetensors(c, f"{temporary}/{file}", shard, progress)
                 if n > 1:
@@ -154,31 +153,35 @@ def export_zarr(
     began = time.monotonic()
     out = os.fspath(dst)
     with open_checkpoint(ref) as c:
-        specs = [t for t in c.manifest.tensors if only is None or _wanted(t.name, only) or _wanted(t.key, only)]
+        specs = {
+            i: t
+            for i, t in enumerate(c.manifest.tensors)
+            if only is None or _wanted(t.name, only) or _wanted(t.key, only)
+        }
         if not specs:
             raise NotFoundError(f"{c.ref}: no tensor to export" + (f" matches {list(only)}" if only else ""))
         store = CheckpointStore(c, chunk_bytes=_ZARR_CHUNK, aliases=False)
-        names = {array_name(t.key): i for i, t in enumerate(c.manifest.tensors) if t in set(specs)}
+        names = {array_name(t.key): i for i, t in specs.items()}
         root = json.loads(bytes(store.read_key("zarr.json") or b""))
         arrays = root["consolidated_metadata"]["metadata"]
         root["consolidated_metadata"]["metadata"] = {name: arrays[name] for name in names}
-        with _appearing(out, folder=True) as temporary:
+        with appearing(out, folder=True) as temporary:
             for name in names:
-                _write_file(f"{temporary}/{name}/zarr.json", json.dumps(arrays[name]).encode())
+                write_file(f"{temporary}/{name}/zarr.json", json.dumps(arrays[name]).encode())
             requests = ((names[name], box, key, shape) for name in names for key, box, shape in store.chunks(name))
             for key, array in _read_chunks(c, requests):
-                _write_file(f"{temporary}/{key}", memoryview(array.reshape(-1).view(np.uint8)))
+                write_file(f"{temporary}/{key}", memoryview(array.reshape(-1).view(np.uint8)))
                 if progress is not None:
                     progress(array.nbytes)
-            _write_file(f"{temporary}/zarr.json", json.dumps(root).encode())
+            write_file(f"{temporary}/zarr.json", json.dumps(root).encode())
         return ExportReport(
             ref=c.ref,
             path=out,
             files=tuple(names),
             tensors=len(specs),
-            bytes=sum(t.nbytes for t in specs),
+            bytes=sum(t.nbytes for t in specs.values()),
             seconds=time.monotonic() - began,
-            tied=tuple((alias, kept) for alias, kept in c.manifest.aliases.items() if kept in {t.key for t in specs}),
+            tied=tuple((alias, kept) for alias, kept in c.manifest.aliases.items() if c.manifest.index(kept) in specs),
         )
 
 
@@ -234,7 +237,7 @@ def _select_model(
         for name, (i, spec) in first.items()
     ]
     chosen.sort(key=lambda t: _natural(t.name))
-    for a, b in zip(chosen, chosen[1:], strict=False):
+    for a, b in itertools.pairwise(chosen):
         if a.name == b.name:
             raise UsageError(f"two tensors would both be called {a.name!r}; choose another prefix_strip")
     return chosen, tuple(dict.fromkeys(per_rank))
@@ -293,31 +296,6 @@ def _fill(c: Checkpoint, targets: Sequence[Target]) -> None:
     read_targets(c.backend, c.commit.folder, c.manifest, [t for t in targets if t.array.size])
 
 
-def _read_runs(c: Checkpoint, chosen: Iterable[_Chosen]) -> Iterator[tuple[_Chosen, npt.NDArray[np.uint8]]]:
-    """The bytes of tensors, one after the other, row-major and checked, in parts of at most `_SLICE` bytes."""
-
-    def parts() -> Iterator[tuple[tuple[_Chosen, int, int], int]]:
-        for t in chosen:
-            item = dtype(t.spec.dtype).itemsize
-            for start in range(0, t.spec.nbytes, _SLICE):
-                stop = min(start + _SLICE, t.spec.nbytes)
-                yield (t, start // item, stop // item), stop - start
-
-    for batch in _batches(parts()):
-        targets, runs = [], []
-        for t, start, stop in batch:
-            kind = dtype(t.spec.dtype)
-            run = np.empty((stop - start) * kind.itemsize, dtype=np.uint8)
-            at = 0
-            for box in flat_boxes(t.spec.shape, start, stop):
-                n = box.numel * kind.itemsize
-                targets.append(Target(t.index, box, run[at : at + n].view(kind.numpy).reshape(box.shape)))
-                at += n
-            runs.append((t, run))
-        _fill(c, targets)
-        yield from runs
-
-
 def _read_chunks(
     c: Checkpoint, requests: Iterable[tuple[int, Box, str, tuple[int, ...]]]
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -326,9 +304,14 @@ def _read_chunks(
     sized = ((r, int(np.prod(r[3], dtype=np.int64)) * kinds[r[0]].itemsize) for r in requests)
     for batch in _batches(sized):
         arrays = [(key, np.zeros(shape, dtype=kinds[i].numpy)) for i, _, key, shape in batch]
-        views = [array[tuple(slice(0, n) for n in r[1].shape)] for r, (_, array) in zip(batch, arrays, strict=True)]
+        views = [_corner(array, r[1].shape) for r, (_, array) in zip(batch, arrays, strict=True)]
         _fill(c, [Target(r[0], r[1], view) for r, view in zip(batch, views, strict=True)])
         yield from arrays
+
+
+def _corner(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The view of its first elements that has this shape."""
+    return array[tuple(slice(0, n) for n in shape)] if shape else array
 
 
 # Writing.
@@ -347,9 +330,13 @@ def _write_safetensors(c: Checkpoint, path: str, tensors: Sequence[_Chosen], pro
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for t, run in _read_runs(c, ordered):
+        for t in ordered:
+            c.manifest.check_coverage(t.index)
+        boxes = [(t.index, whole(t.spec.shape)) for t in ordered]
+        for part in itertools.chain.from_iterable(Stream(c.backend, c.commit.folder, c.manifest, boxes, limit=_WINDOW)):
             point("export.write")
-            data = run if t.dtype == t.spec.dtype else _converted(run, t.spec.dtype, t.dtype)
+            t = ordered[part.index]
+            data = part.data if t.dtype == t.spec.dtype else _converted(part.data, t.spec.dtype, t.dtype)
             file.write(memoryview(data))
             if progress is not None:
                 progress(len(data))
@@ -368,44 +355,4 @@ def _converted(run: npt.NDArray[np.uint8], old: str, new: str) -> npt.NDArray[np
 def _write_index(path: str, files: Sequence[str], shards: Sequence[Sequence[_Chosen]]) -> None:
     where = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
     total = sum(t.nbytes for shard in shards for t in shard)
-    _write_file(path, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode())
-
-
-def _write_file(path: str, data: bytes | memoryview) -> None:
-    point("export.write")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _appearing(path: str, *, folder: bool) -> Iterator[str]:
-    """A temporary name beside `path`; what is written there gets its name at the end, or is removed."""
-    path = os.path.abspath(path)
-    parent, name = os.path.split(path)
-    if os.path.lexists(path) and not (folder and os.path.isdir(path) and not os.listdir(path)):
-        raise ConflictError(f"{path}: exists already; name another destination")
-    temporary = os.path.join(parent, f".{name}.ckpt-tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        os.makedirs(temporary if folder else parent, exist_ok=True)
-        yield temporary
-        if folder:
-            os.rename(temporary, path)  # refused by the system if something came to be there
-        else:
-            os.link(temporary, path)
-            os.unlink(temporary)
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except BaseException as e:
-        with suppress(OSError):
-            shutil.rmtree(temporary) if folder else os.unlink(temporary)
-        if isinstance(e, OSError) and not isinstance(e, CkptError):
-            if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise ConflictError(f"{path}: exists already; name another destination") from e
-            raise StorageError(f"writing {path}: {e.strerror or e}") from e
-        raise
+    write_file(path, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode())

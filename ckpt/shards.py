@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ckpt.errors import LayoutError
 from ckpt.format.dtypes import DTYPES
 from ckpt.format.fragment import Box, flat_boxes, whole
+from ckpt.format.layout import Layout, local_shape, pieces
 from ckpt.plan import MESH, PLAIN, SHARD
 
-__all__ = ["Held", "Shard", "dtype_name", "hold", "is_tensor", "like", "parts"]
+__all__ = ["ByLayout", "Held", "Shard", "dtype_name", "hold", "is_tensor", "like", "parts"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ByLayout:
+    """A local tensor that was cut as a `ckpt.format.layout.Layout` says: fused projections, gate and up, padded
+    vocabularies, experts, stacked layers.
+
+    tensor  what this rank holds, of shape `local_shape(layout, at)`; loaded in place, padding is left as it is
+    layout  how the whole tensor was cut; kept with the checkpoint as data
+    at      this rank's index on every mesh axis that the layout speaks about
+    """
+
+    tensor: torch.Tensor
+    layout: Layout
+    at: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Held:
     """A tensor as this rank holds it: `pieces` pairs boxes of the global `shape` with views of that shape."""
 
@@ -61,7 +77,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_tensor(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, Shard))
+    return isinstance(value, (torch.Tensor, Shard, ByLayout))
 
 
 def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -84,6 +100,8 @@ def hold(name: str, value: Any) -> Held:
 
     if isinstance(value, Shard):
         return _declared(name, value)
+    if isinstance(value, ByLayout):
+        return _by_layout(name, value)
     if isinstance(value, DTensor):
         return _dtensor(name, value)
     if hasattr(value, "local_shards"):
@@ -97,8 +115,8 @@ def like(held: Held, name: str, value: Any) -> Held:
     local = _local(name, value).reshape(-1)
     cuts = list(itertools.accumulate((b.numel for b, _ in held.pieces), initial=0))
     views = [local[a : a + b.numel].view(b.shape) for a, (b, _) in zip(cuts, held.pieces, strict=False)]
-    pieces = tuple((b, v) for (b, _), v in zip(held.pieces, views, strict=True))
-    return Held(dtype_name(local.dtype), held.shape, pieces, held.kind, held.scope, held.replica, held.layout)
+    cut = tuple((b, v) for (b, _), v in zip(held.pieces, views, strict=True))
+    return Held(dtype_name(local.dtype), held.shape, cut, held.kind, held.scope, held.replica, held.layout)
 
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -127,7 +145,7 @@ def _declared(name: str, shard: Shard) -> Held:
     shape = tuple(int(n) for n in shard.global_shape)
     if (shard.offset is None) == (shard.flat_range is None):
         raise LayoutError(f"shard of {name!r}: give either offset or flat_range")
-    pieces: tuple[tuple[Box, torch.Tensor], ...]
+    held: tuple[tuple[Box, torch.Tensor], ...]
     if shard.flat_range is not None:
         start, stop = shard.flat_range
         if local.dim() != 1 or local.numel() != stop - start or not 0 <= start <= stop <= math.prod(shape):
@@ -136,13 +154,27 @@ def _declared(name: str, shard: Shard) -> Held:
             )
         boxes = list(flat_boxes(shape, start, stop))
         cuts = itertools.accumulate((b.numel for b in boxes), initial=0)
-        pieces = tuple((b, local[a : a + b.numel].view(b.shape)) for a, b in zip(cuts, boxes, strict=False))
+        held = tuple((b, local[a : a + b.numel].view(b.shape)) for a, b in zip(cuts, boxes, strict=False))
     else:
         box = Box(tuple(int(o) for o in shard.offset or ()), tuple(local.shape))
         if not box.within(shape):
             raise LayoutError(f"shard of {name!r}: box {box} lies outside the global shape {shape}")
-        pieces = ((box, local),)
-    return Held(dtype_name(local.dtype), shape, pieces, SHARD, "", shard.replica, shard.layout)
+        held = ((box, local),)
+    return Held(dtype_name(local.dtype), shape, held, SHARD, "", shard.replica, shard.layout)
+
+
+def _by_layout(name: str, value: ByLayout) -> Held:
+    """Equal boxes of one layout are copies, because the layout says so."""
+    local, text = _local(name, value.tensor), value.layout.to_json()
+    if value.layout.averaged and any(value.at.get(axis, 0) for axis in value.layout.averaged):
+        raise LayoutError(f"tensor {name!r} is to be averaged over {value.layout.averaged}; average it before saving")
+    if tuple(local.shape) != local_shape(value.layout, value.at):
+        raise LayoutError(
+            f"tensor {name!r}: its layout gives {local_shape(value.layout, value.at)} here, the tensor is {tuple(local.shape)}"
+        )
+    held = tuple((whole, local[box.slices]) for box, whole in pieces(value.layout, value.at))
+    scope = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return Held(dtype_name(local.dtype), tuple(value.layout.shape), held, MESH, scope, 0, text)
 
 
 @lru_cache(maxsize=256)
@@ -231,12 +263,12 @@ def _grid(cuts: _Cuts, local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]
 
 
 def _sharded_tensor(name: str, value: Any) -> Held:
-    pieces = []
+    shards = []
     meta = value.metadata()
     for shard in value.local_shards():
         box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
-        pieces.append((box, _local(name, shard.tensor)))
+        shards.append((box, _local(name, shard.tensor)))
     kind = dtype_name(meta.tensor_properties.dtype)
     ranks = [str(s.placement) for s in meta.shards_metadata]
     scope = hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()
-    return Held(kind, tuple(meta.size), tuple(pieces), MESH, scope)
+    return Held(kind, tuple(meta.size), tuple(shards), MESH, scope)

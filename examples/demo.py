@@ -18,15 +18,16 @@ import platform
 import shutil
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import demo_disk
 import torch
 from demo_launch import Clock, Ended, launch
+from demo_log import stored_leaves
 from demo_page import page
-from demo_result import Reference, Row, killed_row, reference_row, restart_row
+from demo_result import Reference, Row, killed_row, reference_row, restart_row, stored_check
 from demo_table import print_table
 from layouts import LAYOUTS
 
@@ -57,6 +58,8 @@ class Demo:
         plan, home = self.plan, LAYOUTS["fsdp4"]
         reference = Reference(self.uninterrupted(), plan.compare_at, plan.total - 1)
         rows = [reference_row(reference, home)]
+        if not rows[0].ok:
+            raise SystemExit("the uninterrupted run failed, so there is nothing to compare with")
         size = reference.fingerprint(plan.compare_at)["bytes"]
         killed = self.worker("killed", "fsdp4", self.run, seed=1, kill=(plan.kill_rank, plan.kill_at))
         self.clock.say(
@@ -70,6 +73,9 @@ class Demo:
             ended = self.worker(name, layout, run, seed=seed)
             bitwise = layout == home.name
             rows.append(restart_row(reference, ended, LAYOUTS[layout], disk, name=name, bitwise=bitwise))
+            if bitwise and rows[-1].ok:
+                check = stored_check(reference, stored_leaves(f"{run}@{reference.last}"))
+                rows[-1] = replace(rows[-1], checks=(*rows[-1].checks, check))
         for run in forks.values():
             shutil.rmtree(run)
         return rows
@@ -93,7 +99,9 @@ class Demo:
         plan = self.plan
         arguments: list[Any] = [run, "--layout", layout, "--steps", plan.total, "--every", plan.every, "--seed", seed]
         arguments += ["--kill", *kill] if kill else []
-        return launch(self.clock, name, "demo_worker.py", LAYOUTS[layout].world, arguments, self.out / "logs")
+        return launch(
+            self.clock, name, "demo_worker.py", LAYOUTS[layout].world, arguments, self.out / "logs", dies=bool(kill)
+        )
 
     def measure_disk(self, size: int) -> list[demo_disk.DiskTime]:
         """Right before a run, and with nothing else going on: what the disk can do, not what is left of it."""

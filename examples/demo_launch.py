@@ -38,14 +38,19 @@ class Ended:
 
     events: list[dict[str, Any]]
     code: int
-    seconds: float
+    log: str
 
     def all(self, event: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == event]
 
 
-def launch(clock: Clock, name: str, script: str, world: int, arguments: Sequence[object], out: Path) -> Ended:
-    """Run a script, under torchrun if it has more than one process, and print its progress until it ends."""
+def launch(
+    clock: Clock, name: str, script: str, world: int, arguments: Sequence[object], out: Path, *, dies: bool = False
+) -> Ended:
+    """Run a script, under torchrun if it has more than one process, and print its progress until it ends.
+
+    If it fails although it is not one that `dies`, the end of its log is printed; the verdict is up to the caller.
+    """
     out.mkdir(parents=True, exist_ok=True)
     events = out / f"{name}.jsonl"
     events.unlink(missing_ok=True)
@@ -64,7 +69,10 @@ def launch(clock: Clock, name: str, script: str, world: int, arguments: Sequence
             _follow(clock, name, process, events, begin)
         finally:
             _end(process)
-    return Ended(read_events(events), process.returncode, time.perf_counter() - begin)
+    text = (out / f"{name}.log").read_text(errors="replace")
+    if process.returncode and not dies:
+        clock.say(f"{name}: failed with exit code {process.returncode}; its log ends with\n{text[-3000:]}")
+    return Ended(read_events(events), process.returncode, text)
 
 
 def _follow(clock: Clock, name: str, process: subprocess.Popen[bytes], events: Path, begin: float) -> None:

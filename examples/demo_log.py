@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from train_gpt import Job
 
+import ckpt
+
 
 @dataclass(frozen=True)
 class EventLog:
@@ -59,10 +61,10 @@ def fingerprint(job: Job) -> dict[str, Any]:
     """
     leaves, size = {}, 0
     for name, leaf in full_leaves(job):
-        leaves[name], size = _sha256(leaf), size + leaf.nbytes
+        leaves[name], size = sha256(leaf), size + leaf.nbytes
     group = job.optimizer.param_groups[0]
     leaves["schedule"] = f"lr={group['lr']!r} epoch={job.scheduler.last_epoch}"
-    mine = {"leaves": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "rng": rng_hash()}
+    mine: Any = {"leaves": hashlib.sha256(json.dumps(leaves).encode()).hexdigest(), "rng": rng_hash()}
     ranks = [mine]
     if job.place.mesh is not None:
         ranks = [None] * job.place.world
@@ -76,14 +78,30 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def _sha256(tensor: Tensor) -> str:
+def stored_leaves(ref: str) -> dict[str, str]:
+    """Hashes of the weights and AdamW state of a stored checkpoint, under the names that `fingerprint` gives them.
+
+    Opened lazily, in this one process, whatever wrote it: a second way to read, besides restoring.
+    """
+    found = {}
+    with ckpt.open(ref) as checkpoint:
+        for name in checkpoint.tensors:
+            leaf = name.removeprefix("model.").removeprefix("optimizer.state.")
+            if leaf != name:
+                found[leaf] = sha256(checkpoint.tensors[name][...])
+    return found
+
+
+def sha256(tensor: Tensor) -> str:
+    """The hash of one whole tensor: its dtype, shape and bytes."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + data.tobytes()).hexdigest()
 
 
 def rng_hash() -> str:
     """The random state of Python, numpy and torch on this rank."""
-    states = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    numbers = numpy.random.get_state(legacy=False)["state"]
+    states = (random.getstate(), numbers["pos"], numbers["key"].tolist(), torch.get_rng_state().tolist())
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 

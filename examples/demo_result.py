@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from demo_disk import DiskTime
@@ -98,7 +98,8 @@ def killed_row(reference: Reference, ended: Ended, layout: Layout, kill_at: int)
     """The run that one SIGKILL ends."""
     losses, differences = _losses(reference, ended)
     checks = (
-        Check("one rank was killed, and torchrun failed", ended.code not in (0, None) and losses[-1][0] == kill_at),
+        Check("one rank died of SIGKILL, the others with it", ended.code != 0 and "Signal 9 (SIGKILL)" in ended.log),
+        Check(f"trained until step {kill_at}", bool(losses) and losses[-1][0] in (kill_at - 1, kill_at)),
         Check("up to there bitwise as the uninterrupted run", all(d == 0 for _, d in differences)),
     )
     return Row("killed", f"killed after step {kill_at}", layout, tuple(losses), tuple(differences), checks=checks)
@@ -137,7 +138,14 @@ def restart_row(
         checks.append(_drift_check(reference, row))
     rate = row.save_rate
     ratio = rate / statistics.median(d.rate for d in disk) if rate and disk else None
-    return Row(**{**row.__dict__, "disk_ratio": ratio, "checks": tuple(checks)})
+    return replace(row, disk_ratio=ratio, checks=tuple(checks))
+
+
+def stored_check(reference: Reference, found: dict[str, str]) -> Check:
+    """The last step as it lies in storage, read by one process without restoring it."""
+    wanted = {k: v for k, v in reference.fingerprint(reference.last).get("leaves", {}).items() if k != "schedule"}
+    ok = bool(wanted) and found == wanted
+    return Check("stored last step bitwise equal, opened without a process group", ok, f"{len(found)} tensors")
 
 
 def _losses(reference: Reference, ended: Ended) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

@@ -55,9 +55,9 @@ class Place:
         if self.mesh is None:
             return model
         cut = (lambda parameter: Shard(parameter.ndim - 1)) if self.layout.columns else None
-        for block in model.blocks:
-            fully_shard(block, mesh=self.mesh, shard_placement_fn=cut, reshard_after_forward=False)
-        return fully_shard(model, mesh=self.mesh, shard_placement_fn=cut, reshard_after_forward=False)
+        for part in (*model.get_submodule("blocks").children(), model):
+            fully_shard(part, mesh=self.mesh, shard_placement_fn=cut, reshard_after_forward=False)
+        return model
 
     def mean(self, value: Tensor) -> float:
         """The mean of a scalar over all ranks of the layout."""

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from ckpt.backends import Backend
-from ckpt.catalog import delete_tree
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step
 from ckpt.config import settings
@@ -53,7 +53,7 @@ class Attempts:
 
     def __init__(self) -> None:
         self._open: list[tuple[Backend, str]] = []
-        weakref.finalize(self, _discard, self._open)
+        weakref.finalize(self, _discard, self._open, os.getpid())
 
     def begin(self, backend: Backend, path: str) -> None:
         self._open.append((backend, path))
@@ -63,13 +63,18 @@ class Attempts:
         self._open.clear()
 
     def discard(self) -> None:
-        _discard(self._open)
+        _discard(self._open, os.getpid())
 
 
-def _discard(open_: list[tuple[Backend, str]]) -> None:
-    while open_:
+def _discard(open_: list[tuple[Backend, str]], owner: int) -> None:
+    """Removes the packs. The claim stays: a rank that is late may still be writing, so its name must not be used
+    again. Not in a fork: what looks abandoned there may be under way in its parent."""
+    while open_ and os.getpid() == owner:
+        backend, path = open_.pop()
         with suppress(Exception):
-            delete_tree(*open_.pop())
+            for entry in backend.list(path):
+                if entry.name != "attempt.json":
+                    backend.delete(f"{path}/{entry.name}")
 
 
 def full_plans(plans: Sequence[SavePlan]) -> list[SavePlan]:
@@ -119,6 +124,7 @@ class _Resolved(Source):
     def __init__(self, planner: SavePlanner, item: WriteItem) -> None:
         self._planner, self._item = planner, item
         self.nbytes = _box(item).numel * dtype(_spec(item).dtype).itemsize
+        self.flat = None
         self._source: Source | None = None
 
     def into(self, start: int, out: npt.NDArray[np.uint8]) -> None:
@@ -162,7 +168,9 @@ def write_local(
     report = None
     if work:
         with _writing:
-            report = write_pack(backend, path, [Piece(s, b) for s, b, _ in work], [s for _, _, s in work], _ring())
+            report = write_pack(
+                backend, path, [Piece(s, b) for s, b, _ in work], [s for _, _, s in work], _ring(os.getpid())
+            )
     plain = list(_small_copies(local, planner)) if world > 1 else []
     body = json.dumps([values.rows, plain], separators=(",", ":"), ensure_ascii=False).encode()
     head = {
@@ -181,8 +189,9 @@ def write_local(
 
 
 @cache
-def _ring() -> Ring:
-    """A ring for DCP alone: its saves run beside others in threads that know nothing of each other."""
+def _ring(process: int) -> Ring:
+    """A ring for DCP alone: its saves run beside others in threads that know nothing of each other. A fork has none
+    of its parent's threads, and needs its own."""
     return Ring(settings())
 
 
@@ -282,7 +291,7 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
 
 
 def commit(backend: Backend, messages: Sequence[bytes], metrics: Mapping[str, float], **which: Any) -> Commit:
-    """Manifest and commit from what all ranks wrote. `which`: step, generation, attempt, writer."""
+    """Manifest and commit from what all ranks wrote. `which`: step, generation, attempt, writer, publishing."""
     letters = [decode(m) for m in messages]
     plan = merge([Claims.decode(arrays["claims"].tobytes()) for _, arrays in letters])
     reports = [

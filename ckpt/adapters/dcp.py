@@ -33,7 +33,7 @@ from ckpt.adapters._dcp_read import Opened
 from ckpt.adapters._dcp_write import Attempts, check_plans, commit, full_plans, write_local
 from ckpt.backends import Backend, backend_for
 from ckpt.catalog import generations_in_use, list_run, parse_ref
-from ckpt.commit import claim_attempt, step_folder
+from ckpt.commit import claim_attempt, exists, step_folder
 from ckpt.config import settings
 from ckpt.errors import UsageError
 
@@ -134,7 +134,10 @@ class Writer(StorageWriter):
         check_plans(plans)
         backend = backend_for(self.url.rstrip("/") or "/", direct=settings().direct)
         listing = list_run(backend, commits=False)
-        step = self.step if self.step is not None else max((s.step + 1 for s in listing.steps), default=0)
+        step = self.step
+        if step is None:
+            newest = sorted(listing.steps, key=lambda s: -s.step)
+            step = next((s.step + 1 for s in newest if exists(backend, s.folder)), 0)
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise UsageError(f"step={step!r}: a whole number, 0 or more")
         generation = max(generations_in_use(listing), default=0)
@@ -165,7 +168,6 @@ class Writer(StorageWriter):
         stale = [r[0].index.fqn for r in results if not r[0].index.fqn.startswith(f"{save.path}/")]
         if stale:
             raise UsageError(f"{stale[0]} does not belong to {save.path}; use one Writer for one save at a time")
-        self._attempts.publishing()
         done = commit(
             save.backend,
             [r[0].storage_data for r in results],
@@ -174,6 +176,7 @@ class Writer(StorageWriter):
             generation=save.generation,
             attempt=save.attempt,
             writer=save.writer,
+            publishing=self._attempts.publishing,
         )
         self._save = None
         metadata.storage_meta = StorageMeta(checkpoint_id=f"{self.url.rstrip('/')}/{done.folder}", save_id=done.writer)

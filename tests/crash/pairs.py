@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+from ckpt import collective
 from ckpt.errors import CkptError
 
 AT_ONCE = 8
@@ -78,6 +79,7 @@ def ranks(body: Callable[[int], Any], *, file: bool = True) -> tuple[list[int], 
             os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
             dist.init_process_group("gloo", store=_store(rank, folder, file, mine, theirs), rank=rank, world_size=2)
             body(rank)
+            collective.linger()
             code, said = 0, "ok"
         except CkptError as e:
             code, said = 0, f"{e.kind}: {e}"
@@ -185,7 +187,9 @@ def kills_of_a_pair(folder: str) -> list[Outcome]:
             if pid == 0:
                 code, text = kills.in_child(
                     lambda a=answer, w=(victim, both, file, first, step): Path(a).write_text(
-                        json.dumps([[vars(o.case), o.point, o.newest, o.said] for o in _enumerate(template, folder, *w)])
+                        json.dumps(
+                            [[vars(o.case), o.point, o.newest, o.said] for o in _enumerate(template, folder, *w)]
+                        )
                     )
                 )
                 if code:

@@ -106,9 +106,7 @@ def fill(model: nn.Module, optimizer: torch.optim.Optimizer, salt: int) -> None:
         for name, t in leaves(model, optimizer):
             full = content(name, t.shape, salt)
             if isinstance(t, DTensor):
-                placed = distribute_tensor(
-                    full, t.device_mesh, [p if not hasattr(p, "split_factor") else p for p in t.placements]
-                )
+                placed = distribute_tensor(full, t.device_mesh, t.placements)
                 t.to_local().copy_(placed.to_local())
             else:
                 t.copy_(full)

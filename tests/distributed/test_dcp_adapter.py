@@ -349,7 +349,7 @@ def test_what_a_failed_save_left_goes_with_its_writer(tmp_path: Path) -> None:
     finally:
         faults.install(None)
     gc.collect()
-    assert not list((tmp_path / "run").rglob("*.json"))
+    assert not list((tmp_path / "run").rglob("rank-*"))
 
 
 def test_async_save_keeps_what_was_there(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import ckpt
+from ckpt.format.layout import Cut, Layout, Part, local_shape, pieces
 
 FULL = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
 
@@ -26,7 +27,9 @@ def _hand_save(rank: int, world: int, run: str) -> None:
     state = {
         "tp": ckpt.Shard(FULL[:, rank * 3 : rank * 3 + (1 if rank == 3 else 3)], (7, 10), (0, rank * 3)),
         "flat": ckpt.Shard(flat[cut[rank] : cut[rank + 1]].clone(), (7, 10), flat_range=(cut[rank], cut[rank + 1])),
-        "copy": ckpt.Shard(FULL[(rank // 2) * 4 : (rank // 2) * 4 + 4], (7, 10), ((rank // 2) * 4, 0), replica=rank % 2),
+        "copy": ckpt.Shard(
+            FULL[(rank // 2) * 4 : (rank // 2) * 4 + 4], (7, 10), ((rank // 2) * 4, 0), replica=rank % 2
+        ),
         f"layers.{rank}.weight": torch.full((3,), float(rank)),
         f"experts.{rank}": {"w": torch.full((2, 2), 10.0 + rank)},
     }
@@ -226,7 +229,16 @@ def test_contradictions_are_refused_by_name_on_every_rank(pool: Pool, tmp_path: 
     assert said[0] == said[1] == said[2] == said[3]
     for line, word in zip(
         said[0],
-        ["layers.0.weight", "8 of 9 elements", "overlapping", "replica=1", "give different tensors", "'x'", "placement", "rank 2: x"],
+        [
+            "layers.0.weight",
+            "8 of 9 elements",
+            "overlapping",
+            "replica=1",
+            "give different tensors",
+            "'x'",
+            "placement",
+            "rank 2: x",
+        ],
         strict=True,
     ):
         assert word in line, line
@@ -265,3 +277,46 @@ def _balanced(rank: int, world: int, run: str) -> tuple[int, int]:
 def test_copies_are_cut_and_spread(pool: Pool, tmp_path: Path) -> None:
     sizes = pool.run(_balanced, str(tmp_path / "run"))
     assert max(here for here, _ in sizes) <= 1.1 * sizes[0][1] / 4 + 256 * 1024
+
+
+def _by_layout(rank: int, world: int, run: str) -> None:
+    """Fused q, k, v with uneven heads over three ranks, a padded vocabulary, and a norm that all hold."""
+    qkv = torch.arange(12 * 4, dtype=torch.float32).reshape(12, 4)
+    vocabulary = torch.arange(50 * 2, dtype=torch.float32).reshape(50, 2)
+    cuts = {
+        2: ((Part(8, (4, 4), "q"), Part(2, (1, 1), "k"), Part(2, (1, 1), "v")), (Part(50, (26, 26), padding=2),)),
+        3: (
+            (Part(8, (3, 3, 2), "q"), Part(2, (1, 1, 0), "k"), Part(2, (1, 1, 0), "v")),
+            (Part(50, (18, 18, 18), padding=4),),
+        ),
+    }
+    fused, padded = cuts[world]
+    layouts = {
+        "qkv": Layout((12, 4), (Cut(0, "tp", fused),)),
+        "vocab": Layout((50, 2), (Cut(0, "tp", padded),)),
+        "norm": Layout((3,), (), replicated=("tp",)),
+    }
+    whole = {"qkv": qkv, "vocab": vocabulary, "norm": torch.ones(3)}
+    at = {"tp": rank}
+    mine = {}
+    for name, layout in layouts.items():
+        local = torch.full(local_shape(layout, at), -1.0)
+        for box, there in pieces(layout, at):
+            local[box.slices] = whole[name][there.slices]
+        mine[name] = local
+    state = {n: ckpt.ByLayout(mine[n].clone(), layouts[n], at) for n in layouts}
+    if world == 3:
+        ckpt.save(state, run)
+    back = {n: ckpt.ByLayout(torch.full_like(mine[n], -1.0), layouts[n], at) for n in layouts}
+    ckpt.load(back, run)
+    for name in layouts:
+        assert torch.equal(back[name].tensor, mine[name]), name
+
+
+def test_layouts_with_parts_padding_and_copies(pool: Pool, tmp_path: Path) -> None:
+    pool.run(_by_layout, str(tmp_path / "run"), world=3)
+    pool.run(_by_layout, str(tmp_path / "run"), world=2)
+    with ckpt.open(tmp_path / "run") as c:
+        assert torch.equal(c.tensors["qkv"][...], torch.arange(48.0).reshape(12, 4))
+        assert torch.equal(c.tensors["vocab"][...], torch.arange(100.0).reshape(50, 2))
+        assert Layout.from_json(c.manifest.tensors[c.manifest.index("vocab")].layout).cuts[0].parts[0].padding == 4

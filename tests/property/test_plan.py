@@ -44,7 +44,9 @@ def _part(shape: tuple[int, ...], how: str, s: int, shards: int) -> tuple[Box, .
 
 def boxes(plan: Plan) -> list[tuple[int, int, int, Box]]:
     out = []
-    for r, t, i, row in zip(plan.rank.tolist(), plan.tensor.tolist(), plan.local.tolist(), plan.box.tolist(), strict=True):
+    for r, t, i, row in zip(
+        plan.rank.tolist(), plan.tensor.tolist(), plan.local.tolist(), plan.box.tolist(), strict=True
+    ):
         n = len(plan.tensors[t].shape)
         out.append((r, t, i, Box(tuple(row[0][:n]), tuple(row[1][:n]))))
     return out
@@ -111,7 +113,13 @@ def test_two_meshes_need_content_to_tell() -> None:
 
 
 def test_the_fingerprint_sees_more_than_names() -> None:
-    def of(name: str = "x", dtype: str = "float32", shape: tuple[int, ...] = (4,), box: Box | None = None, kind: str = "mesh") -> str:
+    def of(
+        name: str = "x",
+        dtype: str = "float32",
+        shape: tuple[int, ...] = (4,),
+        box: Box | None = None,
+        kind: str = "mesh",
+    ) -> str:
         return Claims.of([Claim(TensorSpec(name, dtype, shape), (box or whole(shape),), kind, "m")]).fingerprint
 
     other = [of("y"), of(dtype="int32"), of(shape=(5,)), of(box=Box((0,), (2,))), of(kind="shard")]

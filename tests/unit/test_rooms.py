@@ -52,7 +52,12 @@ def test_a_room_does_not_know(room: str) -> None:
 
 def test_only_collective_talks_to_the_other_ranks() -> None:
     """Placements, meshes and process group objects may be looked at; exchanging anything is for one file."""
-    looks = ("torch.distributed.tensor", "torch.distributed.device_mesh", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+    looks = (
+        "torch.distributed.tensor",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+    )
     for file in FILES:
         if place(file) in ("collective.py",) or place(file).startswith("adapters/"):
             continue

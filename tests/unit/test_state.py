@@ -15,10 +15,30 @@ from ckpt.state import collect
 
 DTYPES = [
     getattr(torch, n)
-    for n in (
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex32 complex64 "
-        "complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
-    ).split()
+    for n in [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+        "complex32",
+        "complex64",
+        "complex128",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float4_e2m1fn_x2",
+    ]
 ]
 
 
@@ -34,9 +54,16 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("codec", [None, {"*": "zstd"}])
 def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path: Path, codec: Any) -> None:
-    state = {f"{str(d)[6:]}.{i}": random_bits(s, d) for d in DTYPES for i, s in enumerate([(), (3,), (0, 4), (2, 3, 5), (300, 700)])}
+    state = {
+        f"{str(d)[6:]}.{i}": random_bits(s, d)
+        for d in DTYPES
+        for i, s in enumerate([(), (3,), (0, 4), (2, 3, 5), (300, 700)])
+    }
     ckpt.save(state, tmp_path / "run", codec=codec)
-    back = {k: torch.zeros(v.shape, dtype=torch.uint8).to(v.dtype) if v.dtype == torch.uint8 else torch.empty_like(v) for k, v in state.items()}
+    back = {
+        k: torch.zeros(v.shape, dtype=torch.uint8).to(v.dtype) if v.dtype == torch.uint8 else torch.empty_like(v)
+        for k, v in state.items()
+    }
     ckpt.load(back, tmp_path / "run")
     with ckpt.open(tmp_path / "run") as c:
         assert c.verify().ok
@@ -197,7 +224,9 @@ def test_parameters_without_state_stay_without(tmp_path: Path) -> None:
 
 
 def test_everything_wrong_is_said_at_once_and_nothing_is_touched(tmp_path: Path) -> None:
-    ckpt.save({"m": {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)}, "n": nn.Linear(2, 2)}, tmp_path / "run")
+    ckpt.save(
+        {"m": {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)}, "n": nn.Linear(2, 2)}, tmp_path / "run"
+    )
     state = {
         "m": {"a": torch.zeros(4), "b": torch.zeros(2, dtype=torch.float64), "c": torch.zeros(1), "d": torch.zeros(1)},
         "n": nn.Linear(2, 2, bias=False),
@@ -320,7 +349,14 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_metrics_and_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0]):
         ckpt.save({"x": torch.tensor(step)}, tmp_path / "run", step=step, metrics={"loss": torch.tensor(loss)})
-    for ref, expected in (("", 2), ("@latest", 2), ("@best", 1), ("@best:loss", 1), ("@0", 0), ("/step-00000001.g0000", 1)):
+    for ref, expected in (
+        ("", 2),
+        ("@latest", 2),
+        ("@best", 1),
+        ("@best:loss", 1),
+        ("@0", 0),
+        ("/step-00000001.g0000", 1),
+    ):
         state = {"x": torch.tensor(-1)}
         ckpt.load(state, f"{tmp_path}/run{ref}")
         assert state["x"] == expected, ref

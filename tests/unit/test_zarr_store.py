@@ -110,8 +110,7 @@ def made_of(whole, shards):
     from ckpt.config import settings
     from ckpt.format.pack import Piece, TensorSpec
     from ckpt.plan import Plan
-    from ckpt.saving import Planner
-    from ckpt.write import source_of, write_pack
+    from ckpt.write import Ring, source_of, write_pack
 
     run = f"memory://{uuid.uuid4().hex}"
     backend = backend_for(run)
@@ -119,7 +118,7 @@ def made_of(whole, shards):
     specs = tuple(TensorSpec(name, "float32", tuple(whole.shape)) for name in shards)
     boxes = [(t, Box(*b)) for t, spec in enumerate(specs) for b in shards[spec.name]]
     pieces = [Piece(specs[t], box) for t, box in boxes]
-    ring = Planner().reserve(settings())
+    ring = Ring(settings())
     path = f"step-00000000.g0000/{attempt}/rank-00000.safetensors"
     report = write_pack(backend, path, pieces, [source_of(whole, box) for _, box in boxes], ring)
     column = np.array([[box.offset, box.shape] for _, box in boxes])
