@@ -27,7 +27,8 @@ import ckpt
 from benchmarks.report import Table, finish, machine, options, spread, workspace
 from ckpt.format.codec import BLOCK
 from ckpt.format.fragment import Box
-from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest, parse_manifest
+from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest
+from ckpt.format.parse import parse_manifest
 from ckpt.plan import MESH, Claims, Plan, merge
 from ckpt.read import Target, plan_reads
 

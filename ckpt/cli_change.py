@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.errors import UsageError
-from ckpt.shell import first_process, run_backend, verb
+from ckpt.shell import first_process, run_backend, under_torchrun, verb
 from ckpt.show import columns, duration, emit, plain, progress, size, size_of
 
 if TYPE_CHECKING:
@@ -92,14 +92,12 @@ def _plan_reshard(src: str, ranks: int, tp: int, rules: Sequence[TpRule], as_jso
 @contextmanager
 def _processes() -> Iterator[Group]:
     """The processes that torchrun or mpiexec started as one group, or this one alone."""
-    import os
-
     import torch.distributed as dist
 
     from ckpt.collective import current_group
 
-    launched = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ and not dist.is_initialized()
-    if launched:
+    begin = under_torchrun() and not dist.is_initialized()
+    if begin:
         dist.init_process_group("gloo")
     try:
         group = current_group()
@@ -108,7 +106,7 @@ def _processes() -> Iterator[Group]:
         finally:
             _part(group)
     finally:
-        if launched:
+        if begin:
             dist.destroy_process_group()
 
 

@@ -5,7 +5,8 @@ answer or the same error. Rounds run over the job's key-value store, not over it
 that times out leaves a process group unusable, a key that nobody wrote does not. So a rank that hangs fails one
 save, on all ranks and with one cause, and the next save works.
 
-A rank that missed a round (it raised before it came to it) finds that round decided and goes on to the next one.
+A rank that comes late to a round takes its verdict; one that missed a round (it raised before it came to it, and is
+at another one now) finds that round decided and goes on to the next one.
 A leader that comes back after the others gave up finds its round abandoned, and decides nothing: who is first to
 write the round's claim, the leader about to decide or a rank that waited long enough, has settled it for all.
 """
@@ -99,7 +100,10 @@ class _StoreGroup:
         """See `Group.round`."""
         if self.rank != 0:
             while self._do("check", [self._key(self._next, "verdict")]):
+                told = json.loads(bytes(self._do("get", self._key(self._next, "verdict"))))
                 self._next += 1
+                if told.get("name") == name:
+                    raise from_wire(told["kind"], told["message"])
         number = self._next
         self._next += 1
         deadline = settings().deadline
@@ -156,7 +160,7 @@ class _StoreGroup:
             answers = [decided] if isinstance(decided, bytes) else list(decided)
         except Exception as e:
             kind, text = to_wire(e)
-            verdict = json.dumps({"kind": kind, "message": text})
+            verdict = json.dumps({"name": name, "kind": kind, "message": text})
             self._do("set", self._key(number, "verdict"), verdict)
             raise e if isinstance(e, CkptError) else from_wire(kind, text) from e
         if len(answers) == 1:
@@ -247,6 +251,7 @@ def _shared(store: Any, rank: int, world: int) -> Group:
         return Solo()
     # One counter per store: two callers in one process take part in the same sequence of rounds.
     if id(store) not in _groups:
+        _groups.clear()
         _groups[id(store)] = _StoreGroup(store, rank, world)
     return _groups[id(store)]
 

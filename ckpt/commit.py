@@ -153,7 +153,7 @@ def read_commit(backend: Backend, folder: str) -> Commit:
 
 def read_manifest(backend: Backend, commit: Commit) -> Manifest:
     """The manifest that a commit names, checked against it. Raises IntegrityError or FormatError."""
-    from ckpt.format.manifest import parse_manifest
+    from ckpt.format.parse import parse_manifest
 
     path = f"{commit.folder}/{commit.manifest_path}"
     where = f"{backend.root}/{path}"

@@ -11,7 +11,6 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
-from ckpt.catalog import delete_tree
 from ckpt.collective import Group, decode, encode
-from ckpt.commit import Commit, claim_attempt, commit_step, step_folder
+from ckpt.commit import step_folder
 from ckpt.config import Settings, no_collection, settings
-from ckpt.errors import CkptError, DeadlineError, LayoutError
+from ckpt.errors import LayoutError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
-from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack
-from ckpt.plan import PLAIN, Claim, Claims, NeedDigests, Plan, merge
+from ckpt.leading import Leader, Memory, encode_report
+from ckpt.plan import PLAIN, Claim, Claims
 from ckpt.shards import Held
-from ckpt.state import AUTO, REPLICATED, Leaves, ObjectLeaf, TensorLeaf, collect
+from ckpt.state import Leaves, TensorLeaf, collect
 from ckpt.write import PackReport, Ring, Source, source_of, write_pack
 
 __all__ = ["Planner", "SaveReport", "save_state"]
@@ -56,7 +54,7 @@ class SaveReport:
 
 @dataclass
 class Planner:
-    """What is kept from save to save: the last plan, and on the leader the claims it was made from.
+    """What a rank keeps from save to save: what it said, what it was told, and the work made ready from that.
 
     A plan is reused only if names, dtypes, shapes and placements are the same on every rank, and if the same
     tensors turn out to be copies of one another.
@@ -64,11 +62,9 @@ class Planner:
 
     sent: str = ""
     digests: frozenset[str] = frozenset()
-    claims: dict[int, Claims] = field(default_factory=dict)
-    plan: Plan | None = None
-    plan_key: str = ""
     assignment: _Assignment | None = None
     work: _Work | None = None
+    memory: Memory = field(default_factory=Memory)  # used on the leader
 
 
 _rings: dict[tuple[int, int, int, int], Ring] = {}
@@ -124,7 +120,7 @@ def save_state(
     """
     began = time.monotonic()
     folder = step_folder(step, generation)
-    lead = _Leader(backend, folder, step, generation, group.world, metrics, codecs, planner)
+    lead = Leader(backend, folder, step, generation, group.world, metrics, codecs, planner.memory)
     try:
         leaves, assignment, told = _agree(lead, state, group, planner, failure)
         planned = time.monotonic()
@@ -137,7 +133,7 @@ def save_state(
                 sources = [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
                 with no_collection():
                     report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
-            payload = _encode_report(report)
+            payload = encode_report(report)
         except Exception as e:
             payload = e
         written = time.monotonic()
@@ -160,7 +156,7 @@ def save_state(
 
 
 def _agree(
-    lead: _Leader, state: Any, group: Group, planner: Planner, failure: Exception | None
+    lead: Leader, state: Any, group: Group, planner: Planner, failure: Exception | None
 ) -> tuple[list[TensorLeaf], _Assignment, dict[str, Any]]:
     """The first round, again while the leader needs more: claims it does not have, digests it cannot do without."""
     again = {"claims": False}
@@ -194,7 +190,7 @@ def _agree(
     if "local" in arrays:
         planner.assignment = _Assignment(head["key"], arrays["local"], arrays["box"], head["variants"])
     if planner.assignment is None or planner.assignment.key != head["key"]:
-        raise LayoutError("this rank lost the plan it was given before; save again")  # cannot happen: see _Leader.plan
+        raise LayoutError("this rank lost the plan it was given before; save again")  # cannot happen: see Leader.plan
     return [leaves.tensors[n] for n in names], planner.assignment, head
 
 
@@ -262,192 +258,3 @@ def _prepare(
         places.append((i, k, box.relative_to(at)))
     planner.work = _Work(assignment.key, tuple(codecs), tuple(pieces), layout_pack(pieces), tuple(places))
     return planner.work
-
-
-def _encode_report(report: PackReport | None) -> bytes:
-    if report is None:
-        return encode(None)
-    head = {k: v for k, v in report.__dict__.items() if isinstance(v, int)}
-    return encode(head, offset=report.offset, length=report.length, block=report.block)
-
-
-def _decode_report(message: bytes) -> PackReport | None:
-    head, arrays = decode(message)
-    return None if head is None else PackReport(**{**head, **arrays})
-
-
-class _Leader:
-    """The leader's side of a save: what the two rounds decide. Lives for one save; used on rank 0 only."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        folder: str,
-        step: int,
-        generation: int,
-        world: int,
-        metrics: Mapping[str, float],
-        codecs: Sequence[tuple[str, Codec]],
-        planner: Planner,
-    ) -> None:
-        self.backend, self.folder, self.step, self.generation, self.world = backend, folder, step, generation, world
-        self.metrics, self.codecs, self.planner = metrics, codecs, planner
-        self.attempt = self.writer = ""
-        self.publishing = False
-        self.objects: list[ObjectEntry] = []
-        self.aliases: dict[str, str] = {}
-
-    def plan(self, letters: list[bytes]) -> list[bytes]:
-        """Merges claims into a plan, or reuses the last one; claims the attempt."""
-        planner = self.planner
-        heads: list[dict[str, Any]] = []
-        claims: list[Claims] = []
-        for rank, letter in enumerate(letters):
-            head, arrays = decode(letter)
-            heads.append(head)
-            if "head" in head:
-                planner.claims[rank] = Claims(head["head"], arrays["tensor"], arrays["box"], arrays["digest"])
-            known = planner.claims.get(rank)
-            if known is None or known.fingerprint != head["fingerprint"]:
-                return [encode({"claims": True})] * self.world
-            claims.append(Claims(known.head, known.tensor, known.box, arrays["digest"]))
-        key = _plan_key(claims)
-        if planner.plan is None or planner.plan_key != key:
-            try:
-                planner.plan = merge(claims, planner.digests)
-            except NeedDigests as e:
-                return [encode({"digests": list(e.names)})] * self.world
-            planner.plan_key = key
-        self.objects, undeclared = _merge_objects([h["objects"] for h in heads])
-        self.aliases = _merge_aliases([h["aliases"] for h in heads])
-        self.attempt, self.writer = claim_attempt(self.backend, self.folder, self.world)
-        plan = planner.plan
-        told = {"attempt": self.attempt, "key": key, "per_rank": [*plan.per_rank, *undeclared]}
-        return [_assignment(plan, rank, told, heads[rank]["plan"] != key) for rank in range(self.world)]
-
-    def commit(self, letters: list[bytes]) -> bytes:
-        """Every rank has written: the manifest, then the commit."""
-        plan = self.planner.plan
-        assert plan is not None
-        table, column = _codec_column(plan, self.codecs)
-        reports = [_decode_report(m) for m in letters]
-
-        def publishing() -> None:
-            self.publishing = True
-
-        done: Commit = commit_step(
-            self.backend,
-            step=self.step,
-            generation=self.generation,
-            attempt=self.attempt,
-            writer=self.writer,
-            plan=plan,
-            codecs=table,
-            codec=column,
-            objects=self.objects,
-            aliases=self.aliases,
-            reports=reports,
-            metrics=self.metrics,
-            publishing=publishing,
-        )
-        return encode(done.bytes)
-
-    def clean_up(self, rank: int, error: BaseException) -> None:
-        """Removes what a failed save left. Only the leader may, and only before it tried to publish: a rank that
-        merely lost touch cannot know that its packs are not part of a commit.
-
-        The claim of the attempt goes last, and stays if a rank may still be writing: its name must not be used again.
-        """
-        if rank != 0 or not self.attempt or self.publishing:
-            return
-        at = f"{self.folder}/{self.attempt}"
-        with suppress(Exception):
-            for entry in self.backend.list(at):
-                if entry.name != "attempt.json":
-                    delete_tree(self.backend, f"{at}/{entry.name}")
-            if isinstance(error, CkptError) and not isinstance(error, DeadlineError):
-                delete_tree(self.backend, at)
-
-
-def _plan_key(claims: Sequence[Claims]) -> str:
-    """Identifies a plan: the claims of all ranks, and which tensors of equal name are equal in content."""
-    h = hashlib.blake2b(digest_size=16)
-    seen: dict[str, str] = {}
-    for c in claims:
-        text = seen.setdefault(c.head, str(len(seen)))
-        h.update(f"{text}:{c.fingerprint};".encode())
-    same = all(len(c.digest) == len(claims[0].digest) for c in claims) and len(seen) == 1
-    if same:
-        h.update((np.stack([c.digest for c in claims]) == claims[0].digest).all(axis=0).tobytes())
-    else:
-        for c in claims:
-            h.update(c.digest.tobytes())
-    return h.hexdigest()
-
-
-def _assignment(plan: Plan, rank: int, told: Mapping[str, Any], full: bool) -> bytes:
-    if not full:
-        return encode(told)
-    rows = plan.rows(rank)
-    local, tensor = plan.local[rows], plan.tensor[rows]
-    variants = {str(i): plan.tensors[t].variant for i, t in zip(local.tolist(), tensor.tolist(), strict=True)}
-    return encode({**told, "variants": {i: v for i, v in variants.items() if v}}, local=local, box=plan.box[rows])
-
-
-def _codec_column(plan: Plan, rules: Sequence[tuple[str, Codec]]) -> tuple[list[Codec], npt.NDArray[np.uint8] | None]:
-    """(codecs in use, per fragment 0 for raw or 1 + index)."""
-    if not rules:
-        return [], None
-    table: list[Codec] = []
-    chosen = []
-    for t in plan.tensors:
-        codec = choose_codec(t.name, rules)
-        if codec is not None and codec not in table:
-            table.append(codec)
-        chosen.append(0 if codec is None else 1 + table.index(codec))
-    return table, np.array(chosen, dtype=np.uint8)[plan.tensor]
-
-
-def _merge_objects(rows: Sequence[Sequence[Sequence[str]]]) -> tuple[list[ObjectEntry], list[str]]:
-    """Entries of the manifest, and the names that differ between ranks although nobody said they would."""
-    held: dict[str, list[tuple[int, ObjectLeaf]]] = {}
-    for rank, objects in enumerate(rows):
-        for row in objects:
-            held.setdefault(row[0], []).append((rank, ObjectLeaf(*row)))
-    out: list[ObjectEntry] = []
-    undeclared = []
-    for name, owners in sorted(held.items()):
-        first = owners[0][1]
-        equal = all((o.encoding, o.text) == (first.encoding, first.text) for _, o in owners)
-        if len({o.policy for _, o in owners}) > 1 and first.policy in (AUTO, REPLICATED):
-            raise LayoutError(f"object {name!r} is declared differently on ranks {[r for r, _ in owners][:8]}")
-        if first.policy == REPLICATED and not equal:
-            other = next(r for r, o in owners if o.text != first.text)
-            raise LayoutError(
-                f"object {name!r} is declared replicated, but ranks {owners[0][0]} and {other} hold different values"
-            )
-        if first.policy in (AUTO, REPLICATED) and equal:
-            out.append(ObjectEntry(name, "replicated", first.encoding, first.text))
-        elif first.policy in (AUTO, "rank"):
-            if first.policy == AUTO:
-                undeclared.append(name)
-            out += [ObjectEntry(name, f"rank={r}", o.encoding, o.text) for r, o in owners]
-        else:
-            out += _by_coordinate(name, owners)
-    return out, undeclared
-
-
-def _by_coordinate(name: str, owners: Sequence[tuple[int, ObjectLeaf]]) -> list[ObjectEntry]:
-    found: dict[str, tuple[int, ObjectLeaf]] = {}
-    for rank, o in owners:
-        there, known = found.setdefault(o.policy, (rank, o))
-        if known.text != o.text:
-            raise LayoutError(f"object {name!r}: ranks {there} and {rank} share {o.policy} but hold different values")
-    return [ObjectEntry(name, scope, o.encoding, o.text) for scope, (_, o) in sorted(found.items())]
-
-
-def _merge_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for row in rows:
-        out.update(row)
-    return out

@@ -16,7 +16,7 @@ from ckpt.errors import CkptError, to_wire
 if TYPE_CHECKING:
     from ckpt.backends import Backend
 
-__all__ = ["EXIT_CODES", "Shell", "first_process", "run_backend", "verb"]
+__all__ = ["EXIT_CODES", "Shell", "first_process", "run_backend", "under_torchrun", "verb"]
 
 EXIT_CODES = {
     "integrity": 1,
@@ -34,12 +34,20 @@ EXIT_CODES = {
 """Kind of an error -> exit code; see the help text in cli.py."""
 
 _BUG, _INTERRUPTED = 70, 130
-_RANKS = (("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+_MPI = (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several. WORLD_SIZE alone does not say so: cluster schedulers
+    set it for everything that runs in a container."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and {"RANK", "LOCAL_RANK"} <= set(os.environ)
 
 
 def first_process() -> bool:
     """Whether this process is the only one, or rank 0 of those that torchrun or mpiexec started."""
-    return all(int(os.environ.get(size) or 1) < 2 or int(os.environ.get(rank) or 0) == 0 for size, rank in _RANKS)
+    if under_torchrun() and os.environ["RANK"] != "0":
+        return False
+    return all(int(os.environ.get(size) or 1) < 2 or int(os.environ.get(rank) or 0) == 0 for size, rank in _MPI)
 
 
 def verb(name: str, *, together: bool = False) -> Callable[[Callable[..., int | None]], click.Command]:

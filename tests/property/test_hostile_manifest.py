@@ -24,8 +24,9 @@ from ckpt.errors import FormatError, NotFoundError
 from ckpt.format.codec import BLOCK
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
-from ckpt.format.manifest import Manifest, ObjectEntry, dump_manifest, parse_manifest
+from ckpt.format.manifest import Manifest, ObjectEntry, dump_manifest
 from ckpt.format.pack import TensorSpec
+from ckpt.format.parse import parse_manifest
 
 CHECK = settings(max_examples=150, deadline=None, derandomize=True)
 Columns = dict[str, np.ndarray]

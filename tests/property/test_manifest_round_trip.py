@@ -14,8 +14,9 @@ from made import CODECS, Case, assemble, cases, content
 from ckpt.errors import FormatError, NotFoundError
 from ckpt.format.codec import BLOCK, crc32c, n_blocks
 from ckpt.format.fragment import Box, whole
-from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest, parse_manifest
+from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest
 from ckpt.format.pack import ALIGN, TensorSpec
+from ckpt.format.parse import parse_manifest
 
 CHECK = settings(max_examples=60, deadline=None, derandomize=True)
 

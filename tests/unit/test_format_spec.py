@@ -11,7 +11,7 @@ import pytest
 
 import ckpt.format
 from ckpt.commit import sealed, step_folder, unseal
-from ckpt.format import manifest
+from ckpt.format import manifest, parse
 from ckpt.format.codec import _BYTES_TO_BYTES, BLOCK, crc32c
 from ckpt.format.dtypes import DTYPES
 from ckpt.format.fragment import Box, whole
@@ -62,7 +62,7 @@ def test_the_pack_example_is_what_is_written() -> None:
 def test_the_columns_are_those_of_the_code() -> None:
     codes = {"<u4": "U32", "<u8": "U64", "<i8": "I64", "|u1": "U8"}
     told = {row[0].strip("`"): row[1] for row in table(section("6.1 Columns"))[1:]}
-    wanted = {f"pack.{name}": codes[kind] for name, kind in manifest._PACK_COLUMNS}
+    wanted = {f"pack.{name}": codes[kind] for name, kind in manifest.PACK_COLUMNS}
     wanted |= {"header": "U8", "start": "I64", "pack": "U32", "offset": "U64", "length": "U64", "block": "U32"}
     assert told == wanted | {"box": "U32 or U64", "codec": "U8"}
 
@@ -89,7 +89,7 @@ def test_numbers() -> None:
     assert f"{MAX_HEADER:,}".replace(",", " ") in section("5. Pack")
     assert f"{MAX_HEADER + 2 * 4096:,}".replace(",", " ") in section("13. What a reader MUST check")
     assert set(re.findall(r"`(\w+)`", section("8. Codecs"))) >= _BYTES_TO_BYTES
-    assert manifest._ATTEMPT.pattern in section("12. Security")
+    assert parse._ATTEMPT.pattern in section("12. Security")
     assert np.dtype("<u4").itemsize == 4 and json.loads("1") == manifest.VERSION
 
 
