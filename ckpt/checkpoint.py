@@ -19,12 +19,14 @@ from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import Manifest
 from ckpt.objects import decode_object
-from ckpt.read import Pack, ReadStats, Target, read_targets
+from ckpt.read import Pack, ReadStats, Target, check_sizes, read_targets
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Checkpoint", "LazyTensor", "Verification", "open_checkpoint"]
+
+_MUCH = 64 << 20
 
 
 class LazyTensor:
@@ -50,11 +52,12 @@ class LazyTensor:
 
     def raw(self, box: Box | None = None) -> np.ndarray[Any, Any]:
         """The elements of a box as numpy holds them: for dtypes numpy lacks, unsigned integers of their width."""
-        box = box or whole(self.shape)
-        out = np.empty(box.shape, dtype=dtype(self.dtype).numpy)
-        self._checkpoint.manifest.check_coverage(self._index)
+        box, kind, c = box or whole(self.shape), dtype(self.dtype), self._checkpoint
+        c.manifest.check_coverage(self._index)
+        if box.numel * kind.itemsize > _MUCH:
+            check_sizes(c.backend, c.commit.folder, c.manifest, self._index)
+        out = np.empty(box.shape, dtype=kind.numpy)
         if out.size:
-            c = self._checkpoint
             read_targets(c.backend, c.commit.folder, c.manifest, [Target(self._index, box, out)])
         return out
 

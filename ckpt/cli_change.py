@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from ckpt.errors import UsageError
 from ckpt.shell import first_process, run_backend, under_torchrun, verb
-from ckpt.show import columns, duration, emit, plain, progress, size, size_of
+from ckpt.show import columns, count, duration, emit, plain, progress, size, size_of
 
 if TYPE_CHECKING:
     from ckpt.catalog import Policy
@@ -33,14 +33,14 @@ __all__ = ["export", "import_", "prune", "reshard"]
 def reshard(
     src: str, dst: str, ranks: int, tp: int, rules: tuple[str, ...], step: int | None, dry_run: bool, as_json: bool
 ) -> int:
-    """Rewrite the checkpoint SRC (a ref) into the run DST for another number of ranks.
+    """Rewrite a checkpoint for another number of ranks.
 
-    Loading reshards anyway; this is for ranks that read their share in one piece, again and again. Rank d * M + t
+    SRC is a ref, DST a run. Loading reshards anyway; this is for ranks that read their share in one piece, again and again. Rank d * M + t
     gets part t of M along each tensor's tensor-parallel axis, and of that part d along dimension 0. The axis is the
     one recorded with the tensor, else that of the first --tp-rule that matches, else there is none.
 
     Divides the work over the processes that start it, as in `torchrun --nproc-per-node 4 -m ckpt.cli reshard ...` or
-    `mpiexec -n 4 ckpt reshard ...`; the result is the same for any number of them.
+    `mpiexec -n 4 ckpt reshard ...`; the result is the same for any number of them. (torchrun ends with 1 for any error.)
     """
     wanted = [_rule(text) for text in rules]
     if dry_run:
@@ -57,8 +57,8 @@ def reshard(
             if as_json:
                 emit(report)
             else:
-                text = f"{report.ref}: {report.tensors} tensors, {size(report.bytes)} in {report.packs} packs"
-                click.echo(f"{text} for {report.ranks} ranks, {report.seconds:.1f} s")
+                text = f"{report.ref}: {count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(report.packs, 'pack')}"
+                click.echo(f"{text} for {count(report.ranks, 'rank')}, {report.seconds:.1f} s")
     return 0
 
 
@@ -94,27 +94,19 @@ def _processes() -> Iterator[Group]:
     """The processes that torchrun or mpiexec started as one group, or this one alone."""
     import torch.distributed as dist
 
-    from ckpt.collective import current_group
+    from ckpt.collective import current_group, linger
 
     begin = under_torchrun() and not dist.is_initialized()
     if begin:
         dist.init_process_group("gloo")
     try:
-        group = current_group()
         try:
-            yield group
+            yield current_group()
         finally:
-            _part(group)
+            linger()  # rank 0 may hold what the others still have to read
     finally:
         if begin:
             dist.destroy_process_group()
-
-
-def _part(group: Group) -> None:
-    """Rank 0 leaves last: it may be the one that holds what the others still have to read. Whoever comes here has
-    read all that came before; the answer to this round, which nobody needs, may be lost."""
-    with suppress(Exception):
-        group.round("done", b"", lambda _: b"")
 
 
 @verb("export")
@@ -135,13 +127,13 @@ def export(
     dtype: str | None,
     as_json: bool,
 ) -> int:
-    """Write the tensors of REF for other tools, into DST.
+    """Write tensors for other tools.
 
     safetensors: shards with a model.safetensors.index.json, as Hugging Face loads them. zarr: a native Zarr v3 group.
     """
     from ckpt import export as out
 
-    names = list(only) or ([f"{key}.*"] if key else None)
+    names = list(only) or ([key] if key else None)
     with progress("exporting", _total(ref), show=not as_json) as tell:
         if kind == "zarr":
             if dtype:
@@ -161,7 +153,7 @@ def export(
         emit(report)
         return 0
     click.echo(
-        f"{report.path}: {report.tensors} tensors, {size(report.bytes)} in {len(report.files)} files, {report.seconds:.1f} s"
+        f"{report.path}: {count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(len(report.files), 'file')}, {report.seconds:.1f} s"
     )
     for left_out, kept in report.tied:
         click.echo(f"  {left_out} is {kept} and was left out")
@@ -185,9 +177,9 @@ def _total(ref: str) -> int | None:
 @click.option("--step", type=click.IntRange(min=0), required=True, help="The step's number in RUN.")
 @click.option("--allow-pickle", is_flag=True, help="Keep values that only pickle can hold. Only if you trust SRC.")
 def import_(src: str, run: str, step: int, allow_pickle: bool, as_json: bool) -> int:
-    """Copy SRC, a directory of torch.distributed.checkpoint, into RUN as a step.
+    """Copy a torch.distributed.checkpoint into a run.
 
-    Its pickled index is read through an allow-list; no other code in it runs.
+    SRC is its directory. Its pickled index is read through an allow-list; no other code in it runs.
     """
     from ckpt.importing import import_dcp
 
@@ -196,7 +188,7 @@ def import_(src: str, run: str, step: int, allow_pickle: bool, as_json: bool) ->
     if as_json:
         emit(report)
     else:
-        text = f"{report.ref}: {report.tensors} tensors, {size(report.bytes)}, {report.objects} objects, {report.seconds:.1f} s"
+        text = f"{report.ref}: {count(report.tensors, 'tensor')}, {size(report.bytes)}, {count(report.objects, 'object')}, {report.seconds:.1f} s"
         click.echo(text + (f"; as pickles: {', '.join(report.pickled)}" if report.pickled else ""))
     return 0
 
@@ -221,9 +213,9 @@ def prune(
     yes: bool,
     as_json: bool,
 ) -> int:
-    """Delete from RUN the steps that no --keep option keeps, and leftovers of saves that never committed.
+    """Delete old steps and what failed saves left.
 
-    Without a --keep option no committed step is deleted; with several, a step stays if any of them keeps it. The
+    Deleted are the steps that no --keep option keeps, and leftovers of saves that never committed. Without a --keep option no committed step is deleted; with several, a step stays if any of them keeps it. The
     latest step always stays. Leftovers younger than --older-than may belong to a save that is under way, and stay.
     """
     from ckpt.prune import carry_out, plan_prune
@@ -238,7 +230,7 @@ def prune(
     if ask and as_json:
         emit({"dry_run": True, "bytes": plan.bytes, **plain(plan), "error": {"kind": "usage", "message": refusal}})
         return 2
-    if ask and not sys.stdin.isatty():
+    if ask and not _somebody_there():
         raise UsageError(refusal)
     if ask and not click.confirm("Delete them?"):
         click.echo("nothing was deleted")
@@ -252,6 +244,11 @@ def prune(
     elif plan.delete and not dry_run:
         click.echo(f"deleted {len(done.delete)}, {size(done.bytes)}")
     return 0
+
+
+def _somebody_there() -> bool:
+    """Whether a question would be read by a person."""
+    return sys.stdin.isatty()
 
 
 def _policies(last: int | None, every: int | None, best: Sequence[str]) -> list[Policy]:
@@ -270,12 +267,14 @@ def _policies(last: int | None, every: int | None, best: Sequence[str]) -> list[
 
 def _show_plan(plan: Pruning) -> None:
     if not plan.delete:
-        click.echo(f"{plan.run}: nothing to delete; {len(plan.keep)} committed steps stay")
+        click.echo(f"{plan.run}: nothing to delete; {count(len(plan.keep), 'committed step')} to keep")
         return
     rows = [[d.path, _what(d), size(d.bytes)] for d in plan.delete]
     click.echo(columns(("DELETE", "WHAT", "BYTES"), rows, "<<>"))
     latest = f", among them the latest, {plan.latest}" if plan.latest else ""
-    click.echo(f"{len(plan.delete)} to delete, {size(plan.bytes)}; {len(plan.keep)} committed steps stay{latest}")
+    click.echo(
+        f"{len(plan.delete)} to delete, {size(plan.bytes)}; {count(len(plan.keep), 'committed step')} to keep{latest}"
+    )
 
 
 def _what(d: Doomed) -> str:

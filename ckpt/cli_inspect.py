@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.shell import verb
-from ckpt.show import age, columns, emit, seconds_since, shorten, size
+from ckpt.show import age, columns, count, emit, seconds_since, shorten, size
 
 if TYPE_CHECKING:
     from ckpt.format.manifest import Manifest
@@ -26,7 +26,10 @@ _ROWS = 40  # of tensors and of objects that are shown unless all are asked for
 @click.option("--packs", is_flag=True, help="The files.")
 @click.option("--layout", is_flag=True, help="Where each tensor's fragments lie, and how it was cut in training.")
 def inspect(ref: str, globs: tuple[str, ...], objects: bool, packs: bool, layout: bool, as_json: bool) -> int:
-    """Show what the checkpoint REF holds: where it comes from, its tensors, values and files."""
+    """Show what a checkpoint holds.
+
+    Where it comes from, its tensors, values and files. Pickled values are not unpickled.
+    """
     from ckpt.catalog import list_run
     from ckpt.checkpoint import open_checkpoint
 
@@ -60,8 +63,8 @@ def inspect(ref: str, globs: tuple[str, ...], objects: bool, packs: bool, layout
         ("step", f"{about['step']}, generation {about['generation']}{came}"),
         ("time", f"{about['time']} ({age(seconds_since(about['time']))} ago)"),
         ("metrics", metrics or "none"),
-        ("world", f"{about['world']} ranks, {len(files)} packs, {size(about['bytes'])} stored"),
-        ("tensors", f"{len(m.tensors)}, {size(about['tensor_bytes'])}, {len(m.pack)} fragments"),
+        ("world", f"{count(about['world'], 'rank')}, {count(len(files), 'pack')}, {size(about['bytes'])} stored"),
+        ("tensors", f"{len(m.tensors)}, {size(about['tensor_bytes'])}, {count(len(m.pack), 'fragment')}"),
         ("objects", str(len(values))),
         *[("alias", f"{name} is {target}") for name, target in aliases.items()],
         *[("codec", text) for text in codecs],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.shell import EXIT_CODES, run_backend, verb
-from ckpt.show import age, columns, emit, plain, progress, seconds_since, shorten, size
+from ckpt.show import age, columns, count, emit, plain, progress, seconds_since, shorten, size
 
 if TYPE_CHECKING:
     from ckpt.backends import Backend
@@ -26,7 +26,10 @@ _FINDING = 1
 @click.argument("run")
 @click.option("--all", "everything", is_flag=True, help="Also uncommitted leftovers, and steps a rollback left behind.")
 def ls(run: str, everything: bool, as_json: bool) -> int:
-    """List the steps of a RUN: age, size, world, metrics, and which one is the latest."""
+    """List the steps of a run.
+
+    Age, stored bytes, world size, metrics; whether it is committed, and which one is the latest.
+    """
     from ckpt.catalog import lineage, list_run
     from ckpt.errors import NotFoundError
 
@@ -95,7 +98,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
     state += ", left behind" if r["abandoned"] else ""
     state = click.style(f"{state}, latest", fg="green") if r["latest"] else state
     numbers = ["" if r[k] is None else str(r[k]) for k in ("world", "tensors")]
-    metrics = "  ".join(f"{k}={v:.6g}" for k, v in r["metrics"].items())
+    metrics = " ".join(f"{k}={v:.6g}" for k, v in r["metrics"].items())
     seconds = "" if r["age_seconds"] is None else age(r["age_seconds"])
     nbytes = "" if r["bytes"] is None else size(r["bytes"])
     return [str(r["step"]), str(r["generation"]), seconds, nbytes, *numbers, shorten(metrics, 80), state]
@@ -105,7 +108,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
 @click.argument("ref")
 @click.option("--all", "everything", is_flag=True, help="Every step of a RUN, not just the one that REF names.")
 def verify(ref: str, everything: bool, as_json: bool) -> int:
-    """Read every byte of the checkpoint REF and name what is not as it was written."""
+    """Read every byte and name what is broken."""
     from ckpt.catalog import list_run, resolve
     from ckpt.checkpoint import Verification
     from ckpt.errors import NotFoundError
@@ -119,11 +122,7 @@ def verify(ref: str, everything: bool, as_json: bool) -> int:
             for g in listing.generations
             if g.error
         ]
-        found += [
-            Verification(f"{listing.run}/{s.folder}", 0, 0, (f"integrity: {s.error}",))
-            for s in listing.steps
-            if s.error
-        ]
+        found += [_damaged(backend, s) for s in listing.steps if s.error]
         commits = [s.commit for s in listing.steps if s.commit is not None]
         if not found and not commits:
             raise NotFoundError(f"{listing.run}: no committed checkpoint here")
@@ -136,7 +135,7 @@ def verify(ref: str, everything: bool, as_json: bool) -> int:
         emit({"ok": all(v.ok for v in found), "checkpoints": [{"ok": v.ok, **plain(v)} for v in found]})
     for v in found if not as_json else ():
         if v.ok:
-            click.echo(f"{click.style('ok', fg='green')}       {v.ref}  {size(v.bytes)} in {v.blocks} blocks")
+            click.echo(f"{click.style('ok', fg='green')}       {v.ref}  {size(v.bytes)} in {count(v.blocks, 'block')}")
         else:
             click.echo(f"{click.style('damaged', fg='red')}  {v.ref}")
             click.echo("\n".join(f"         {p}" for p in v.problems))
@@ -144,6 +143,20 @@ def verify(ref: str, everything: bool, as_json: bool) -> int:
     if kinds and kinds <= {"storage", "deadline"}:
         return EXIT_CODES["storage"]  # nothing was found to be wrong: it could not be read
     return _FINDING if kinds else 0
+
+
+def _damaged(backend: Backend, step: Step) -> Verification:
+    """What is wrong with a step whose commit could not be read."""
+    from ckpt.checkpoint import Verification
+    from ckpt.commit import read_commit
+    from ckpt.errors import CkptError
+
+    kind = "storage"  # if it can be read after all
+    try:
+        read_commit(backend, step.folder)
+    except CkptError as e:
+        kind = e.kind
+    return Verification(f"{backend.root}/{step.folder}", 0, 0, (f"{kind}: {step.error}",))
 
 
 def _verified(backend: Backend, commit: Commit, tell: Callable[[int], None] | None) -> Verification:
@@ -163,9 +176,10 @@ def _verified(backend: Backend, commit: Commit, tell: Callable[[int], None] | No
 @click.option("--rtol", type=float, help="Relative difference, of the larger one, that still counts as close.")
 @click.option("--atol", type=float, help="Absolute difference that still counts as close.")
 def diff(a: str, b: str, only: tuple[str, ...], rtol: float | None, atol: float | None, as_json: bool) -> int:
-    """Compare the checkpoints A and B tensor by tensor, whatever their fragments.
+    """Compare two checkpoints tensor by tensor.
 
-    Identical means bit for bit. Values and metrics are compared too.
+    A and B are refs; how they are cut into fragments does not matter. Identical means bit for bit, also for NaNs.
+    Values and metrics are compared too.
     """
     from ckpt.checkpoint import open_checkpoint
     from ckpt.diff import diff as compare

@@ -7,8 +7,8 @@ save, on all ranks and with one cause, and the next save works.
 
 A rank that comes late to a round takes its verdict; one that missed a round (it raised before it came to it, and is
 at another one now) finds that round decided and goes on to the next one.
-A leader that comes back after the others gave up finds its round abandoned, and decides nothing: who is first to
-write the round's claim, the leader about to decide or a rank that waited long enough, has settled it for all.
+A leader that comes back after the others gave up finds its round abandoned: before it decides, and before it tells
+what it decided, whoever writes first, the leader or a rank that waited long enough, has settled it for all.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Solo:
         return answer if isinstance(answer, bytes) else answer[0]
 
 
-_LEADER = b"the leader decides"
+_LEADER = b"the leader goes on"
 _LINGER = 10.0
 
 
@@ -80,6 +80,9 @@ class _StoreGroup:
         self._prefix = f"ckpt/{(self._do('add', 'ckpt/ranks', 1) - 1) // world}"
         self._next = 0
         self._unread = -1  # the leader's last round, until every rank is known to have read it
+        while hasattr(store, "underlying_store"):
+            store = store.underlying_store
+        self.may_hold_the_store = rank == 0 and type(store).__name__ == "TCPStore"
 
     def _key(self, number: int, what: str) -> str:
         return f"{self._prefix}/{number}/{what}"
@@ -111,23 +114,29 @@ class _StoreGroup:
             return self._lead(number, name, payload, decide, deadline)
         self._do("set", self._key(number, str(self.rank)), _letter(name, payload))
         # The leader answers within its own deadline; the margin lets its verdict, which names the culprit, win.
-        verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + 5)
+        verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + min(5.0, deadline))
         if verdict is None:
             text = f"{name}: rank 0 gave no answer within {deadline:.0f} s; is it hanging or gone?"
-            claim = bytes(self._do("compare_set", self._key(number, "claim"), "", text))
-            if claim != _LEADER:
-                raise DeadlineError(claim.decode())
+            self._settle(number, "begin", text)
             verdict = self._wait(self._key(number, "verdict"), deadline)
         if verdict is None:
-            raise DeadlineError(
-                f"{name}: rank 0 stopped in the middle of deciding; is it hanging or gone? The run tells how far it came"
-            )
+            text = f"{name}: rank 0 stopped while it decided; is it hanging or gone? The run tells how far it came"
+            self._settle(number, "end", text)
+            verdict = self._wait(self._key(number, "verdict"), deadline)
+        if verdict is None:
+            raise DeadlineError(text)
         try:
             return self._read(number, verdict)
         finally:
             with suppress(PeerError):
                 if self._do("add", self._key(number, "reads"), 1) == self.world - 1:
                     self._do("set", self._key(number, "read"), b"")
+
+    def _settle(self, number: int, what: str, mine: str) -> None:
+        """Raises DeadlineError if it is a rank's giving up, and not the leader's going on, that was written first."""
+        first = bytes(self._do("compare_set", self._key(number, what), "", mine))
+        if first != _LEADER:
+            raise DeadlineError(first.decode())
 
     def linger(self) -> None:
         """Keeps a leader that is about to exit, and may take the store with it, until its last answer was read."""
@@ -153,11 +162,10 @@ class _StoreGroup:
                 who = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
                 raise DeadlineError(f"{name}: rank {who} did not come within {deadline:.0f} s; is it hanging or gone?")
             payloads = [_open(rank, letter, name) for rank, letter in enumerate(letters)]
-            claim = bytes(self._do("compare_set", self._key(number, "claim"), "", _LEADER.decode()))
-            if claim != _LEADER:
-                raise DeadlineError(claim.decode())
+            self._settle(number, "begin", _LEADER.decode())
             decided = decide(payloads)
             answers = [decided] if isinstance(decided, bytes) else list(decided)
+            self._settle(number, "end", _LEADER.decode())
         except Exception as e:
             kind, text = to_wire(e)
             verdict = json.dumps({"name": name, "kind": kind, "message": text})
@@ -185,7 +193,7 @@ class _StoreGroup:
         for rank in range(1, self.world):
             self._do("delete_key", self._key(number, str(rank)))
             self._do("delete_key", self._key(number, f"answer-{rank}"))
-        for what in ("answer", "claim", "reads", "read"):
+        for what in ("answer", "begin", "end", "reads", "read"):
             self._do("delete_key", self._key(number, what))
 
     def _wait(self, key: str, seconds: float) -> bytes | None:
@@ -231,7 +239,8 @@ _groups: dict[int, _StoreGroup] = {}
 def linger() -> None:
     """What a process does last, so that a save that rank 0 saw succeed does so for ranks that are slower to hear."""
     for group in _groups.values():
-        group.linger()
+        if group.may_hold_the_store:
+            group.linger()
 
 
 def current_group() -> Group:

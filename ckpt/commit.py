@@ -304,7 +304,9 @@ def open_generation(backend: Backend, parent: str | None, world: int, known: Seq
     number = max(known, default=0) + 1
     while True:
         if number >= _GENERATIONS:
-            raise ConflictError(f"{backend.root}: generation {number - 1} is the last possible; start another run")
+            raise ConflictError(
+                f"{backend.root}: generation {number - 1} is the last possible; remove what bears its number"
+            )
         content = {"generation": number, "parent": parent, "time": now(), "world": world}
         data = sealed({"format": "ckpt-generation", "version": VERSION, **content})
         try:

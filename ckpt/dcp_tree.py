@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 Path = tuple[str | int, ...]
-PATHS = "__dcp_paths__"
+PATHS = "__ckpt__.dcp_paths"
 """The object that holds, of a checkpoint written by DCP, what `path_of` must be told."""
 
 

@@ -340,8 +340,6 @@ def _write_safetensors(c: Checkpoint, path: str, tensors: Sequence[_Chosen], pro
             file.write(memoryview(data))
             if progress is not None:
                 progress(len(data))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _converted(run: npt.NDArray[np.uint8], old: str, new: str) -> npt.NDArray[np.uint8]:

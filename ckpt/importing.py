@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,11 @@ from ckpt.catalog import delete_tree, generations_in_use, list_run, parse_ref
 from ckpt.commit import claim_attempt, commit_step, step_folder
 from ckpt.config import settings
 from ckpt.dcp_index import Chunk, Index, Place, read_index
-from ckpt.dcp_tree import PATHS, Path, build, group_leaves, group_tables, join, odd_paths, optimizer_keys
+from ckpt.dcp_values import Values
 from ckpt.errors import FormatError, LayoutError, UnsafeError, UsageError
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import Piece, TensorSpec
-from ckpt.objects import Pickled, encode_object
 from ckpt.plan import SHARD, Claim, Claims, Plan, merge
 from ckpt.shards import dtype_name, hold
 from ckpt.write import PackReport, Ring, Source, write_pack
@@ -85,20 +84,21 @@ def import_dcp(
         raise UsageError(f"{os.fspath(run)!r} names a step; to import, name a run (a folder or URL) and step=")
     source = backend_for(os.fspath(src_dir).rstrip("/") or "/")
     index = read_index(source)
-    objects = _Objects.of(_values(index, source, allow_pickle), index)
+    values = Values.of(_values(index, source, allow_pickle), index.paths, index.specs)
+    objects = sorted((ObjectEntry(name, "replicated", *rest) for name, *rest in values.rows), key=lambda e: e.name)
     work = [_Work(c.spec, c.box, _Stored(source, c, progress)) for c in index.chunks]
-    work += [_Work(_spec(name, t), whole(tuple(t.shape)), Source(t)) for name, t in objects.tensors.items()]
+    work += [_Work(_spec(name, t), whole(tuple(t.shape)), Source(t)) for name, t in values.tensors.items()]
     packs = list(_packs(sorted((w for w in work if w.box.numel), key=lambda w: (w.spec.name, w.box))))
     plan = _plan(packs, [s for s in index.specs.values() if not s.nbytes], source.root)
-    done = _write(backend_for(target.run, direct=settings().direct), step, packs, plan, objects.entries)
+    done = _write(backend_for(target.run, direct=settings().direct), step, packs, plan, objects)
     return ImportReport(
         ref=done,
         step=step,
         tensors=len(plan.tensors),
-        objects=len(objects.entries),
+        objects=len(objects),
         bytes=sum(t.nbytes for t in plan.tensors),
         seconds=time.monotonic() - began,
-        pickled=tuple(objects.pickled),
+        pickled=tuple(values.pickled),
     )
 
 
@@ -130,11 +130,11 @@ def _values(index: Index, source: Backend, allow_pickle: bool) -> dict[str, Any]
 
 def _numpy_names() -> list[Any]:
     """What a pickle of numpy's arrays and scalars is made of; none of it does more than hold data."""
-    from numpy._core.multiarray import _reconstruct, scalar  # type: ignore[attr-defined]
-
+    array = (np._core if hasattr(np, "_core") else np.core).multiarray
+    made = (array._reconstruct, array.scalar)
     kinds = {type(np.dtype(c)) for c in "?bhilqBHILQefdFDSUO"}
-    made = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in (_reconstruct, scalar) for core in ("core", "_core")]
-    return [np.ndarray, np.dtype, *kinds, *made]
+    named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in made for core in ("core", "_core")]
+    return [np.ndarray, np.dtype, *kinds, *named]
 
 
 def _check_bounds(value: Any, limit: int, name: str, depth: int) -> None:
@@ -156,59 +156,6 @@ def _check_bounds(value: Any, limit: int, name: str, depth: int) -> None:
             _check_bounds(v, limit, name, depth + 1)
     if size > limit:
         raise FormatError(f"{name!r}: {size} bytes out of an archive of {limit}")
-
-
-@dataclass
-class _Objects:
-    """Values as ckpt stores them, and the tensors that were inside them."""
-
-    entries: list[ObjectEntry] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    pickled: list[str] = field(default_factory=list)
-
-    @staticmethod
-    def of(values: Mapping[str, Any], index: Index) -> _Objects:
-        out = _Objects()
-        stored: dict[str, Any] = {}
-        where: dict[str, Path] = {n: p for n, p in index.paths.items() if n in index.specs}
-        where |= {n: (n,) for n in index.specs if n not in where}
-        for path, leaves in group_leaves(values, index.paths).items():
-            value = build([(inner, values[leaf]) for leaf, inner in leaves])
-            if out._add(join(path), value, last=len(leaves) == 1 and not leaves[0][1]):
-                stored[join(path)], where[join(path)] = value, path
-                continue
-            for leaf, inner in leaves:
-                out._add(leaf, values[leaf], last=True)
-                stored[leaf], where[leaf] = values[leaf], (*path, *inner)
-        for name, table in group_tables(stored).items():
-            out._add(name, table, last=False)
-            stored[name] = table
-        odd = odd_paths(where, optimizer_keys(stored))
-        if odd:
-            out._add(PATHS, odd, last=False)
-        out.entries.sort(key=lambda e: e.name)
-        return out
-
-    def _add(self, name: str, value: Any, *, last: bool) -> bool:
-        """As JSON, or with `last` as a pickle if that is the only way. False if neither."""
-        inside: dict[str, torch.Tensor] = {}
-
-        def take(path: str, leaf: Any) -> bool:
-            if isinstance(leaf, torch.Tensor):
-                inside[path] = hold(path, leaf).pieces[0][1].contiguous()
-            return isinstance(leaf, torch.Tensor)
-
-        try:
-            encoding, text = encode_object(value, name, take)
-        except (UsageError, LayoutError):
-            if not last:
-                return False
-            encoding, text = encode_object(Pickled(value), name)
-            inside.clear()
-            self.pickled.append(name)
-        self.entries.append(ObjectEntry(name, "replicated", encoding, text))
-        self.tensors |= inside
-        return True
 
 
 # Archives.
@@ -252,7 +199,7 @@ def _open(source: Backend, place: Place, name: str, *, weights_only: bool = True
     file = _Range(source, place)
     magic = file.read(4)
     try:
-        entries = zipfile.ZipFile(file).infolist()  # type: ignore[arg-type]
+        entries = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as e:
         raise FormatError(f"{name!r}: not an archive of torch.save ({e})") from None
     stored = magic == b"PK\x03\x04" and all(e.compress_type == zipfile.ZIP_STORED for e in entries)
@@ -333,7 +280,7 @@ def _packs(work: Sequence[_Work]) -> Iterator[list[_Work]]:
 
 def _plan(packs: Sequence[Sequence[_Work]], empty: Sequence[TensorSpec], where: str) -> Plan:
     """Which pack holds what. FormatError unless the fragments hold every element once."""
-    claims = []
+    claims: list[Claims] = []
     for pack in packs or [[]]:
         held: dict[str, tuple[TensorSpec, list[Box]]] = {}
         for w in pack:

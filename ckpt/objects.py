@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckpt.errors import FormatError, UnsafeError, UsageError
+from ckpt.errors import CkptError, FormatError, UnsafeError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -91,8 +91,10 @@ def decode_object(
         return pickle.loads(base64.b64decode(text))
     try:
         return _rich(json.loads(text), tensor)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise FormatError(f"{where}: damaged value ({type(e).__name__}: {e})") from None
+    except CkptError:
+        raise
+    except Exception as e:  # of whatever kind: the text comes from a file
+        raise FormatError(f"{where}: damaged value ({type(e).__name__}: {str(e)[:500]})") from None
 
 
 def _plain(value: Any, where: str, tensor: Callable[[str, Any], bool] | None, depth: int) -> Any:

@@ -23,7 +23,7 @@ from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, contiguous_span
 from ckpt.format.manifest import Manifest
 
-__all__ = ["Pack", "ReadStats", "Segment", "Target", "plan_reads", "read_targets"]
+__all__ = ["Pack", "ReadStats", "Segment", "Target", "check_sizes", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
 _JOB = 2 << 20  # bytes of one read: several blocks, few enough to be checked while still in cache
@@ -44,11 +44,13 @@ class Target:
 class Segment:
     """Blocks [first, first+count) of one stored fragment and what to do with their raw bytes.
 
-    `direct`: bytes of the target to which they go as they are. Otherwise they are read into scratch memory and
+    The fragment is row `row` of the manifest and has `shape`.     `direct`: bytes of the target to which they go as they are. Otherwise they are read into scratch memory and
     `box` (relative to the fragment) is copied to `out`.
     """
 
     row: int
+    tensor: int
+    shape: tuple[int, ...]
     first: int
     count: int
     nbytes: int
@@ -88,13 +90,13 @@ def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[
         spec = manifest.tensors[t]
         base, item = int(manifest.start[t]), dtype(spec.dtype).itemsize
         found = 0
-        for k, stored in _touching(manifest.boxes(t), target.box):
+        for k, stored in _touching(manifest, t, target.box):
             row = base + k
             segments = out.setdefault(int(manifest.pack[row]), [])
             if stored == target.box and target.array.flags.c_contiguous:
                 found += stored.numel
                 raw = target.array.reshape(-1).view(np.uint8)
-                segments.append(Segment(row, 0, n_blocks(len(raw)), len(raw), raw))
+                segments.append(Segment(row, t, stored.shape, 0, n_blocks(len(raw)), len(raw), raw))
                 continue
             common = stored & target.box
             if common is not None:
@@ -104,19 +106,21 @@ def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[
             raise FormatError(
                 f"tensor {spec.key!r}: the manifest holds {found} of the {target.box.numel} elements of {target.box}"
             )
+    offset = {s.row: int(manifest.offset[s.row]) for segments in out.values() for s in segments}
     for segments in out.values():
-        segments.sort(key=lambda s: (int(manifest.offset[s.row]), s.first))
+        segments.sort(key=lambda s: (offset[s.row], s.first))
     return out
 
 
-def _touching(boxes: npt.NDArray[np.int64], box: Box) -> Iterator[tuple[int, Box]]:
-    """(index, box) of the stored boxes that may meet `box`."""
-    which: Sequence[int] = range(len(boxes))
-    if box.shape and len(boxes) > 8:
-        lo, hi = np.array(box.offset), np.array(box.stop)
-        which = np.flatnonzero(((boxes[:, 0] < hi) & (boxes[:, 0] + boxes[:, 1] > lo)).all(axis=1)).tolist()
-        boxes = boxes[which]
-    for k, (offset, shape) in zip(which, boxes.tolist(), strict=True):
+def _touching(manifest: Manifest, t: int, box: Box) -> Iterator[tuple[int, Box]]:
+    """(number, box) of the stored boxes of tensor t that may meet `box`."""
+    if not box.shape or manifest.start[t + 1] - manifest.start[t] <= 8:
+        yield from enumerate(manifest.box_list(t))
+        return
+    boxes = manifest.boxes(t)
+    lo, hi = np.array(box.offset), np.array(box.stop)
+    which = np.flatnonzero(((boxes[:, 0] < hi) & (boxes[:, 0] + boxes[:, 1] > lo)).all(axis=1))
+    for k, (offset, shape) in zip(which.tolist(), boxes[which].tolist(), strict=True):
         yield k, Box(tuple(offset), tuple(shape))
 
 
@@ -126,17 +130,21 @@ def _segments(row: int, stored: Box, common: Box, target: Target, item: int) -> 
     source = contiguous_span(stored.shape, inside)
     place = contiguous_span(target.box.shape, there) if target.array.flags.c_contiguous else None
     if source is not None and place is not None:
-        yield from _runs(row, stored, source[0] * item, source[1] * item, total, target.array, place[0] * item, item)
+        yield from _runs(
+            row, target.tensor, stored, source[0] * item, source[1] * item, total, target.array, place[0] * item, item
+        )
         return
     out = target.array[there.slices]
     for slab in _slabs(stored.shape, inside, item):
         lo, hi = _bounds(stored.shape, slab, item)
         first, count, nbytes = _blocks(lo, hi, total)
-        yield Segment(row, first, count, nbytes, None, slab, out[slab.relative_to(inside).slices])
+        yield Segment(
+            row, target.tensor, stored.shape, first, count, nbytes, None, slab, out[slab.relative_to(inside).slices]
+        )
 
 
 def _runs(
-    row: int, stored: Box, lo: int, n: int, total: int, array: npt.NDArray[np.generic], at: int, item: int
+    row: int, tensor: int, stored: Box, lo: int, n: int, total: int, array: npt.NDArray[np.generic], at: int, item: int
 ) -> Iterator[Segment]:
     """Bytes [lo, lo+n) of a fragment, one run in the target too: whole blocks in place, the edges through scratch."""
     flat = array.reshape(-1)
@@ -148,10 +156,12 @@ def _runs(
         if a < b:
             first, count, nbytes = _blocks(a, b, total)
             view = flat[(at + a - lo) // item : (at + b - lo) // item]
-            yield Segment(row, first, count, nbytes, None, Box((a // item,), ((b - a) // item,)), view)
+            yield Segment(
+                row, tensor, stored.shape, first, count, nbytes, None, Box((a // item,), ((b - a) // item,)), view
+            )
     if inner_lo < inner_hi:
         first, count, nbytes = _blocks(inner_lo, inner_hi, total)
-        yield Segment(row, first, count, nbytes, memory[at + inner_lo - lo : at + inner_hi - lo])
+        yield Segment(row, tensor, stored.shape, first, count, nbytes, memory[at + inner_lo - lo : at + inner_hi - lo])
 
 
 def _blocks(lo: int, hi: int, total: int) -> tuple[int, int, int]:
@@ -195,18 +205,14 @@ class Pack:
         size, table_offset = int(packs.size[index]), int(packs.table_offset[index])
         actual = backend.size(self.path)
         if actual != size:
-            raise IntegrityError(f"{self.where}: {actual} bytes long, its checkpoint says {size}")
+            raise self._damaged(f"{actual} bytes long, its checkpoint says {size}")
         header, table = np.empty(int(packs.data_start[index]), np.uint8), np.empty(size - table_offset, np.uint8)
         backend.read(self.path, 0, [memoryview(header)])
         if crc32c(header) != int(packs.header_crc[index]):
-            raise IntegrityError(
-                f"{self.where}: its header (bytes 0 to {len(header)}) was changed after it was written"
-            )
+            raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
         backend.read(self.path, table_offset, [memoryview(table)])
         if crc32c(table) != int(packs.table_crc[index]):
-            raise IntegrityError(
-                f"{self.where}: its block table (bytes {table_offset} to {size}) was changed after it was written"
-            )
+            raise self._damaged(f"its block table (bytes {table_offset} to {size}) was changed after it was written")
         entry = int(packs.entry[index]) // 4
         rows = table.view("<u4").reshape(-1, entry)
         self.crc: list[int] = rows[:, 0].tolist()
@@ -238,12 +244,34 @@ class Pack:
             return [int(n) for n in np.diff(starts)]
         return [min(BLOCK, fragment.nbytes - at) for at in range(0, fragment.nbytes, BLOCK)]
 
+    def _damaged(self, what: str) -> IntegrityError:
+        """With the tensors that are in this pack."""
+        m = self.manifest
+        inside = np.unique(np.searchsorted(m.start, np.flatnonzero(m.pack == self.index), side="right") - 1)
+        names = ", ".join(repr(m.tensors[t].key) for t in inside[:5].tolist())
+        more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
+        return IntegrityError(f"{self.where}: {what}; it holds {names or 'no tensor'}{more}; load an older step")
+
     def bad_block(self, fragment: _Fragment, block: int) -> IntegrityError:
         spec = self.manifest.tensors[fragment.tensor]
+        starts = _stored_starts(self, fragment)
+        at = fragment.offset + (block * BLOCK if starts is None else int(starts[block]))
         return IntegrityError(
-            f"{self.where}: block {fragment.block + block} (from byte {fragment.offset + block * BLOCK}) of tensor "
-            f"{spec.key!r} differs from what was written; load an older step, and check the storage"
+            f"{self.where}: block {fragment.block + block} (from byte {at}) of tensor {spec.key!r} differs from what was written; load an older step, and check the storage"
         )
+
+
+def check_sizes(backend: Backend, folder: str, manifest: Manifest, tensor: int) -> None:
+    """Raises IntegrityError unless the packs that hold a tensor are as long as they should be: asked before much
+    memory is taken for what a manifest merely says."""
+    for p in np.unique(manifest.pack[int(manifest.start[tensor]) : int(manifest.start[tensor + 1])]).tolist():
+        path, size = f"{folder}/{manifest.pack_path(p)}", int(manifest.packs.size[p])
+        actual = backend.size(path)
+        if actual != size:
+            name = manifest.tensors[tensor].key
+            raise IntegrityError(
+                f"{backend.root}/{path}: {actual} bytes long, its checkpoint says {size}; it holds {name!r}"
+            )
 
 
 @dataclass
@@ -283,14 +311,12 @@ def read_targets(
 
 def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
     """Joins neighbouring segments into ranges of about a megabyte; cuts long ones at blocks."""
-    manifest = pack.manifest
-    owner = (np.searchsorted(manifest.start, [s.row for s in segments], side="right") - 1).tolist()
     job: _Job | None = None
     row, fragment, starts = -1, None, None
-    for segment, t in zip(segments, owner, strict=True):
+    for segment in segments:
         if segment.row != row or fragment is None:
             row = segment.row
-            fragment = pack.fragment(row, t, tuple(manifest.boxes(t)[row - int(manifest.start[t]), 1].tolist()))
+            fragment = pack.fragment(row, segment.tensor, segment.shape)
             starts = _stored_starts(pack, fragment)
         for part in _pieces(segment, fragment):
             lo = fragment.offset + (part.first * BLOCK if starts is None else int(starts[part.first]))
@@ -328,7 +354,7 @@ def _pieces(segment: Segment, fragment: _Fragment) -> Iterator[Segment]:
     for k in range(0, segment.count, step):
         count = min(step, segment.count - k)
         view = segment.direct[k * BLOCK : (k + count) * BLOCK]
-        yield Segment(segment.row, segment.first + k, count, len(view), view)
+        yield Segment(segment.row, segment.tensor, segment.shape, segment.first + k, count, len(view), view)
 
 
 def _run_all(jobs: Sequence[_Job], threads: int, progress: Callable[[int], None] | None) -> None:

@@ -16,7 +16,7 @@ import click
 
 from ckpt.errors import UsageError
 
-__all__ = ["age", "columns", "duration", "emit", "plain", "progress", "seconds_since", "shorten", "size", "size_of"]
+__all__ = ["age", "columns", "count", "duration", "emit", "plain", "progress", "seconds_since", "shorten", "size", "size_of"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -31,6 +31,11 @@ def size(nbytes: int) -> str:
     while nbytes / 1024**power >= 999.95 and power < len(_UNITS):
         power += 1
     return f"{nbytes / 1024**power:.1f} {_UNITS[power - 1]}"
+
+
+def count(n: int, word: str) -> str:
+    """1 -> "1 pack", 2 -> "2 packs"."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 def size_of(text: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ckpt.collective import Group
-from ckpt.errors import MismatchError
+from ckpt.errors import FormatError, MismatchError
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.objects import decode_object
 from ckpt.optim import Owner, for_owner, group_hyper, new_state, regroup
@@ -195,8 +195,11 @@ class Matching:
         if index is None:
             raise MismatchError(f"the checkpoint speaks of tensor {stored_name!r} but does not hold it")
         spec = self.manifest.tensors[index]
-        tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         self.manifest.check_coverage(index)
+        try:
+            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        except RuntimeError as e:
+            raise FormatError(f"tensor {stored_name!r} of {spec.nbytes} bytes does not fit into memory ({e})") from None
         self.tensors[f"{stored_name} (new)"] = Wanted(index, hold(stored_name, tensor))
         return tensor
 

@@ -27,7 +27,7 @@ import torch
 from demo_launch import Clock, Ended, launch
 from demo_log import stored_leaves
 from demo_page import page
-from demo_result import Reference, Row, killed_row, reference_row, restart_row, stored_check
+from demo_result import Reference, Row, against_disk, killed_row, reference_row, restart_row, stored_check
 from demo_table import print_table
 from layouts import LAYOUTS
 
@@ -69,16 +69,16 @@ class Demo:
         forks = {layout: self.fork(layout) for layout in ELSEWHERE}
         for seed, (layout, run) in enumerate({home.name: self.run, **forks}.items(), 101):
             name = f"restart-{layout}"
-            disk = self.measure_disk(size)
+            self.measure_disk(size)
             ended = self.worker(name, layout, run, seed=seed)
             bitwise = layout == home.name
-            rows.append(restart_row(reference, ended, LAYOUTS[layout], disk, name=name, bitwise=bitwise))
+            rows.append(restart_row(reference, ended, LAYOUTS[layout], name=name, bitwise=bitwise))
             if bitwise and rows[-1].ok:
                 check = stored_check(reference, stored_leaves(f"{run}@{reference.last}"))
                 rows[-1] = replace(rows[-1], checks=(*rows[-1].checks, check))
         for run in forks.values():
             shutil.rmtree(run)
-        return rows
+        return against_disk(rows, self.disk)
 
     def uninterrupted(self) -> Ended:
         plan = self.plan
@@ -103,13 +103,12 @@ class Demo:
             self.clock, name, "demo_worker.py", LAYOUTS[layout].world, arguments, self.out / "logs", dies=bool(kill)
         )
 
-    def measure_disk(self, size: int) -> list[demo_disk.DiskTime]:
+    def measure_disk(self, size: int) -> None:
         """Right before a run, and with nothing else going on: what the disk can do, not what is left of it."""
         found = [demo_disk.measure(self.out, size) for _ in range(5)]
         rate = statistics.median(d.rate for d in found)
         self.clock.say(f"disk limit for {size / 1e6:.0f} MB: {rate / 1e9:.2f} GB/s")
         self.disk += found
-        return found
 
 
 def facts(demo: Demo) -> dict[str, Any]:

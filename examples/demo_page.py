@@ -16,7 +16,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #161615; --ink: #ececea; --soft: #a3a29d; --line: #3a3a37;
   --band: #232321; --good: #4cc38a; --bad: #ff8a80; --reference: #63625e; --killed: #ececea;
   --c0: #5fa4f0; --c1: #f58b4c; --c2: #3fc79d; --c3: #b48bf0; } }
-body { margin: 0 auto; max-width: 66rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; text-wrap: balance; }
 h2 { font-size: 1.1rem; margin: 2.5rem 0 .35rem; }
@@ -24,15 +24,16 @@ p { max-width: 44rem; margin: .35rem 0; }
 .soft, figcaption, td small { color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 figure { margin: .5rem 0 0; } svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font: 13px system-ui, sans-serif; fill: var(--soft); } svg .strong { fill: var(--ink); font-weight: 600; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); } .band { fill: var(--band); }
 .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .4rem 0 .6rem; padding: 0; list-style: none; font-size: .9rem; }
 .key i { display: inline-block; width: 1.6rem; height: 0; border-top: 4px solid; vertical-align: middle; margin-right: .45rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; min-width: 100%; }
-th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; min-width: 100%; }
+th, td { padding: .45rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; } th { color: var(--soft); font-weight: 500; }
 th:nth-child(1), td:nth-child(1), th:nth-child(3), td:nth-child(3) { text-align: left; }
+.notes { max-width: none; margin-top: .8rem; font-size: .85rem; }
 details { margin: .3rem 0; } summary { cursor: pointer; } ul.checks { margin: .3rem 0 .8rem; padding-left: 1.2rem; list-style: none; }
 """.strip()
 
@@ -71,7 +72,7 @@ def page(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         ),
         "<h2>Runs</h2>",
         _table(rows),
-        *(f'<p class="soft">{escape(note)}</p>' for note in notes(facts, rows)),
+        '<p class="notes soft">' + "<br>".join(escape(note) for note in notes(facts, rows)) + "</p>",
         "<h2>Checks</h2>",
         *(_checks(row) for row in rows),
     ]
@@ -103,20 +104,22 @@ def _losses(rows: Sequence[Row], restarts: Sequence[Row], plan: dict[str, Any]) 
         scale.frame(_ticks(low, high, 0.5), lambda y: f"{y:.1f}"),
         scale.upright(plan["compare_at"], f"checkpoint of step {plan['compare_at']}", "end"),
         scale.curve(reference.losses, "var(--reference)", "stroke-width:9;stroke-linecap:round"),
-        scale.curve(killed.losses, "var(--killed)"),
+        scale.upright(plan["kill_at"], f"SIGKILL of rank {plan['kill_rank']}", "start"),
     ]
     dash, gap = 7, 7 * (len(restarts) - 1)
     for i, row in enumerate(restarts):
         marks.append(
-            scale.curve(row.losses, f"var(--c{i})", f"stroke-dasharray:{dash} {gap};stroke-dashoffset:{-dash * i}")
+            scale.curve(
+                row.losses,
+                f"var(--c{i})",
+                f"stroke-dasharray:{dash} {gap};stroke-dashoffset:{-dash * i};stroke-width:5",
+            )
         )
+    marks.append(scale.curve(killed.losses, "var(--killed)", "stroke-width:1.8"))
     if killed.losses:
         x, y = scale.place(*killed.losses[-1])
         cross = f"M{x - 7:.1f} {y - 7:.1f}l14 14m0 -14l-14 14"
         marks.append(f'<path d="{cross}" stroke="var(--bad)" stroke-width="3.5" fill="none"/>')
-        marks.append(
-            f'<text class="strong" x="{x + 10:.1f}" y="{y - 14:.1f}">SIGKILL of rank {plan["kill_rank"]}</text>'
-        )
     return scale.svg(marks, "training loss over steps")
 
 

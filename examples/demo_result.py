@@ -105,9 +105,7 @@ def killed_row(reference: Reference, ended: Ended, layout: Layout, kill_at: int)
     return Row("killed", f"killed after step {kill_at}", layout, tuple(losses), tuple(differences), checks=checks)
 
 
-def restart_row(
-    reference: Reference, ended: Ended, layout: Layout, disk: Sequence[DiskTime], *, name: str, bitwise: bool
-) -> Row:
+def restart_row(reference: Reference, ended: Ended, layout: Layout, *, name: str, bitwise: bool) -> Row:
     """A run that started from the checkpoint, on the same layout (then bitwise to the end) or on another one."""
     losses, differences = _losses(reference, ended)
     restored = next(iter(ended.all("restored")), {})
@@ -136,9 +134,13 @@ def restart_row(
         checks += _state_checks("final", reference.fingerprint(reference.last), final, layout.world)
     else:
         checks.append(_drift_check(reference, row))
-    rate = row.save_rate
-    ratio = rate / statistics.median(d.rate for d in disk) if rate and disk else None
-    return replace(row, disk_ratio=ratio, checks=tuple(checks))
+    return replace(row, checks=tuple(checks))
+
+
+def against_disk(rows: Sequence[Row], disk: Sequence[DiskTime]) -> list[Row]:
+    """The rows with each save compared to the median of all raw writes: one alone may have met a busy disk."""
+    limit = statistics.median(d.rate for d in disk)
+    return [replace(row, disk_ratio=row.save_rate / limit if row.save_rate else None) for row in rows]
 
 
 def stored_check(reference: Reference, found: dict[str, str]) -> Check:

@@ -124,7 +124,7 @@ class PrintLoss(Watch):
 
     def closed(self, report: Any) -> None:
         if self.first:
-            print(report, flush=True)
+            print(f"{report.committed} checkpoints stored, {report.bytes / 1e6:.0f} MB", flush=True)
 
 
 def main() -> None:

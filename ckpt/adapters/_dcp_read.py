@@ -39,6 +39,7 @@ __all__ = ["Opened"]
 
 log = logging.getLogger("ckpt")
 _STAGE = 64 << 20
+_OURS = "__ckpt__."  # objects that say something about the checkpoint itself
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -123,7 +124,7 @@ class Opened:
             names[name] = TensorStorageMetadata(TensorProperties(getattr(torch, spec.dtype)), size, [chunk])
             paths[name] = path_of(name, odd, optimizers)
         for name in self._objects:
-            if name != PATHS:
+            if not name.startswith(_OURS):
                 self._add_object(name, path_of(name, odd, optimizers), names, paths)
         return Metadata(names, planner_data=paths, storage_meta=StorageMeta(checkpoint_id=self._c.ref))
 
@@ -241,6 +242,10 @@ class Opened:
         if isinstance(value, UnsafeError):
             raise value
         if isinstance(value, dict) and set(value) == {RAW}:
+            if not self._c.allow_pickle:
+                raise UnsafeError(
+                    f"value {name!r}: bytes that a planner made, which may run code; see allow_pickle=True"
+                )
             return io.BytesIO(value[RAW])
         out = io.BytesIO()
         torch.save(self._complete(value), out)

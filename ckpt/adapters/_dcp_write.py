@@ -11,7 +11,6 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -26,16 +25,17 @@ from ckpt.backends import Backend
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step
 from ckpt.config import settings
-from ckpt.dcp_tree import PATHS, Path, build, group_leaves, group_tables, join, odd_paths, optimizer_keys
+from ckpt.dcp_tree import PATHS, Path
+from ckpt.dcp_values import Values
 from ckpt.errors import LayoutError, UsageError
 from ckpt.format.codec import crc32c
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import Piece, TensorSpec
-from ckpt.objects import Pickled, encode_object
+from ckpt.objects import encode_object
 from ckpt.plan import SHARD, Claim, Claims, merge
-from ckpt.shards import dtype_name, hold, is_tensor
+from ckpt.shards import dtype_name, hold
 from ckpt.write import PackReport, Ring, Source, write_pack
 
 __all__ = ["RAW", "Attempts", "check_plans", "claims_of", "commit", "full_plans", "write_local"]
@@ -155,14 +155,13 @@ def write_local(
     """
     if local is None:
         local = getattr(planner, "_cached_save_plan", {}).get(getattr(planner, "_cached_plans_key", None), plan)
-    values = _Values.of(plan, local, planner)
+    values = _values(plan, local, planner)
     work: list[tuple[TensorSpec, Box, Source]] = [
         (_spec(i), _box(i), _Resolved(planner, i)) for i in plan.items if i.type != WriteItemType.BYTE_IO
     ]
     for name, tensor in values.tensors.items():
-        view = hold(name, tensor).pieces[0][1]
-        spec = TensorSpec(name, dtype_name(view.dtype), tuple(view.shape))
-        work.append((spec, whole(spec.shape), Source(view)))
+        spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        work.append((spec, whole(spec.shape), Source(tensor)))
     claims = claims_of([spec for spec, _, _ in work], [box for _, box, _ in work])
     work = sorted((w for w in work if w[1].numel), key=lambda w: (w[0].name, w[1]))
     report = None
@@ -209,63 +208,18 @@ def _small_copies(local: SavePlan, planner: SavePlanner) -> Iterator[tuple[str, 
             yield item.index.fqn, crc32c(data)
 
 
-@dataclass
-class _Values:
-    """The values of one rank: `rows` [name, encoding, text], and the tensors that were inside those it writes."""
-
-    rows: list[list[str]] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    pickled: list[str] = field(default_factory=list)
-
-    @staticmethod
-    def of(plan: SavePlan, local: SavePlan, planner: SavePlanner) -> _Values:
-        paths = {**_paths(plan), **_paths(local)}
-        items = {i.index.fqn: i for p in (local, plan) for i in p.items if i.type == WriteItemType.BYTE_IO}
-        mine = {i.index.fqn for i in plan.items}
-        if not hasattr(planner, "lookup_object"):
-            items = {name: i for name, i in items.items() if name in mine}
-        found = {name: _value(planner, item) for name, item in items.items()}
-        out = _Values()
-        stored: dict[str, Any] = {}
-        where: dict[str, Path] = {n: p for n, p in paths.items() if n not in found}
-        for path, leaves in group_leaves(found, paths).items():
-            value = build([(inner, found[leaf]) for leaf, inner in leaves])
-            if out._add(join(path), value, leaves[0][0] in mine, last=len(leaves) == 1 and not leaves[0][1]):
-                stored[join(path)], where[join(path)] = value, path
-                continue
-            for leaf, inner in leaves:
-                out._add(leaf, found[leaf], leaf in mine, last=True)
-                stored[leaf], where[leaf] = found[leaf], (*path, *inner)
-        for name, table in group_tables(stored).items():
-            out._add(name, table, False, last=False)
-            stored[name] = table
-        odd = odd_paths(where, optimizer_keys(stored))
-        if odd:
-            out._add(PATHS, odd, True, last=False)
-        return out
-
-    def _add(self, name: str, value: Any, mine: bool, *, last: bool) -> bool:
-        """Adds a value as JSON, or with `last` as a pickle if that is the only way. Tensors inside it go into the
-        pack of the rank that is to write it; the others leave it out then."""
-        inside: dict[str, torch.Tensor] = {}
-
-        def take(path: str, leaf: Any) -> bool:
-            if is_tensor(leaf):
-                inside[path] = leaf
-            return is_tensor(leaf)
-
-        try:
-            row = [name, *encode_object(value, name, take)]
-        except UsageError:
-            if not last:
-                return False
-            row = [name, *encode_object(Pickled(value), name)]
-            inside.clear()
-            self.pickled.append(name)
-        if mine or not inside:
-            self.rows.append(row)
-            self.tensors |= inside
-        return True
+def _values(plan: SavePlan, local: SavePlan, planner: SavePlanner) -> Values:
+    """The values of this rank. Those of which DCP took another rank's for a copy are among them, to be compared."""
+    paths = {**_paths(plan), **_paths(local)}
+    items = {i.index.fqn: i for p in (local, plan) for i in p.items}
+    mine = {i.index.fqn for i in plan.items}
+    found = {
+        name: _value(planner, item)
+        for name, item in items.items()
+        if item.type == WriteItemType.BYTE_IO and (name in mine or hasattr(planner, "lookup_object"))
+    }
+    tensors = {name for name, item in items.items() if item.type != WriteItemType.BYTE_IO}
+    return Values.of(found, paths, tensors | (paths.keys() - items.keys()), mine.__contains__)
 
 
 def _paths(plan: SavePlan) -> dict[str, Path]:
@@ -304,10 +258,7 @@ def commit(backend: Backend, messages: Sequence[bytes], metrics: Mapping[str, fl
     if counts != np.bincount(plan.rank, minlength=len(reports)).tolist():
         raise LayoutError("the ranks wrote other fragments than they were told to")
     pickled = sorted({name for head, _ in letters for name in head["pickled"]})
-    if pickled:
-        log.warning(
-            "ckpt: stored with pickle, and read only with allow_pickle=True: %s; store their plain parts", pickled[:20]
-        )
+    _say("stored with pickle, and read only with allow_pickle=True; store their plain parts", pickled)
     return commit_step(
         backend,
         plan=plan,
@@ -345,11 +296,20 @@ def _entries(letters: Sequence[tuple[Any, dict[str, npt.NDArray[Any]]]]) -> list
         else:
             rows = sorted((r, encoding, text) for text, owners in texts.items() for r, encoding in owners)
             out += [ObjectEntry(name, f"rank={r}", encoding, text) for r, encoding, text in rows]
-    differ = [name for name, found in sorted(copies.items()) if len(found) > 1]
-    if differ:
-        log.warning(
-            "ckpt: tensors that differ between ranks under one name, of which DCP keeps one rank's: %s; "
-            "put the rank into their names, or save with ckpt.save",
-            differ[:20],
-        )
+    _say(
+        "tensors that differ between ranks under one name, of which DCP keeps one rank's; put the rank into their names, "
+        "or save with ckpt.save",
+        [name for name, found in sorted(copies.items()) if len(found) > 1],
+    )
     return out
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say(what: str, names: Sequence[str]) -> None:
+    """Warns of names, each once in the life of the process."""
+    new = [n for n in names if (what, n) not in _said]
+    if new:
+        _said.update((what, n) for n in new)
+        log.warning("ckpt: %s: %s%s", what, ", ".join(new[:20]), f" and {len(new) - 20} more" if len(new) > 20 else "")

@@ -13,7 +13,8 @@ names under two keys of it). The reader takes any checkpoint, whoever wrote it. 
   keeps those of one rank. Values that JSON can hold need no pickle.
 - A dtype that differs between checkpoint and state is an error, unless the reader is told to cast.
 
-DCP does the collectives; nothing here talks to other ranks but through the plans and results that it carries.
+DCP does the collectives; nothing here talks to other ranks but through the plans and results that it carries. What
+fails on a rank is raised on all of them as DCP's CheckpointException, with our error among its `failures`.
 """
 
 from __future__ import annotations

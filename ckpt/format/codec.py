@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crc32c import crc32c as _crc32c
+from awscrt.checksums import crc32c as _crc32c
 
 from ckpt.errors import FormatError, UsageError
 

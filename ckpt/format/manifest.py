@@ -21,12 +21,13 @@ from safetensors.numpy import save as st_save
 
 from ckpt.errors import FormatError, NotFoundError
 from ckpt.format.codec import BLOCK, Codec
-from ckpt.format.fragment import tiles
+from ckpt.format.fragment import Box, tiles
 from ckpt.format.pack import TensorSpec
 
 __all__ = ["VERSION", "Manifest", "ObjectEntry", "Packs", "build_manifest", "dump_manifest", "PACK_COLUMNS"]
 
 VERSION = 1
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,32 @@ class Manifest:
         ndim = len(self.tensors[t].shape)
         raw = self.box[self.box_start[t] : self.box_start[t + 1]].astype(np.int64)
         return raw.reshape(int(self.start[t + 1] - self.start[t]), 2, ndim)
+
+    def box_list(self, t: int) -> list[Box]:
+        """The boxes of tensor t. From plain lists where the manifest is small: a load asks for every tensor."""
+        spec = self.tensors[t]
+        if len(self.pack) > _SMALL:
+            return [Box(tuple(offset), tuple(shape)) for offset, shape in self.boxes(t).tolist()]
+        flat, d = self._flat, len(spec.shape)
+        at, n = self._flat_start[t], self._row_start[t + 1] - self._row_start[t]
+        if not d:
+            return [Box((), ())] * n
+        return [Box(tuple(flat[k : k + d]), tuple(flat[k + d : k + 2 * d])) for k in range(at, at + 2 * d * n, 2 * d)]
+
+    @cached_property
+    def _flat(self) -> list[int]:
+        out: list[int] = self.box.tolist()
+        return out
+
+    @cached_property
+    def _flat_start(self) -> list[int]:
+        out: list[int] = self.box_start.tolist()
+        return out
+
+    @cached_property
+    def _row_start(self) -> list[int]:
+        out: list[int] = self.start.tolist()
+        return out
 
     def pack_path(self, p: int) -> str:
         """Path of a pack, relative to the step's folder."""

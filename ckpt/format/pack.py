@@ -2,7 +2,7 @@
 
 0            u64 little-endian: length of the header
 8            header: JSON, padded with spaces so that the data starts on a 4 KiB boundary
-data_start   raw fragments, largest element first, so that each is aligned without holes;
+data_start   raw fragments, largest element first (then whole pages, then whole cache lines), so that each is aligned without holes;
              then coded fragments
 table        last tensor, "ckpt.blocks": u32 CRC32C of each block, in file order; where the pack
              holds coded fragments, each followed by the block's stored length (u32)
@@ -98,9 +98,12 @@ class PackLayout:
     size: int
 
 
-def _file_order(item: tuple[int, Piece]) -> tuple[bool, int, str, Box]:
+def _file_order(item: tuple[int, Piece]) -> tuple[bool, int, int, str, Box]:
+    """Raw before coded, large elements first; among them whole pages, then whole cache lines, then the rest: so that
+    most bytes lie in the file as they lie in memory, which is worth a quarter of the speed of a read."""
     piece = item[1]
-    return piece.codec is not None, -dtype(piece.tensor.dtype).itemsize, piece.tensor.key, piece.box
+    uneven = 0 if piece.nbytes % ALIGN == 0 else 1 if piece.nbytes % 64 == 0 else 2
+    return piece.codec is not None, -dtype(piece.tensor.dtype).itemsize, uneven, piece.tensor.key, piece.box
 
 
 def layout_pack(pieces: Sequence[Piece], stored: Sequence[int] | None = None) -> PackLayout:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 import ckpt
-from ckpt import catalog, faults
+from ckpt import catalog, checkpointer, faults
 from ckpt.backends import LocalBackend
 from ckpt.checkpoint import Checkpoint
+from ckpt.prune import carry_out, plan_prune
 
 KILLED = -signal.SIGKILL
 MIB = 1 << 20
@@ -127,8 +128,7 @@ def needed(root: str) -> set[str]:
 
 def prune(root: str) -> None:
     backend = LocalBackend(root)
-    for path in catalog.leftovers(backend, catalog.list_run(backend), 0):
-        catalog.delete_tree(backend, path)
+    carry_out(backend, plan_prune(backend, [], 0), [], 0)
 
 
 def check_pruned(root: str) -> None:
@@ -285,3 +285,59 @@ def kills_of_prune(folder: str) -> list[Death]:
         assert code == KILLED, f"point {n}: exit {code}\n{text}"
         deaths.append(Death(Path(name).read_text(), 3))
     raise AssertionError
+
+
+# Mutants: the library with one of its safeguards taken away, which the kills above must find.
+
+
+def _commit_before_the_manifest() -> None:
+    create, held = LocalBackend.create, []
+
+    def late(self: LocalBackend, path: str, data: bytes) -> None:
+        if path.endswith("manifest.safetensors"):
+            held.append((path, data))
+            return
+        create(self, path, data)
+        if path.endswith("commit.json"):
+            create(self, *held.pop())
+
+    LocalBackend.create = late  # type: ignore[method-assign]
+
+
+def _commit_deleted_last() -> None:
+    def packs_first(backend: LocalBackend, folder: str) -> None:
+        catalog.delete_tree(backend, f"{folder}/a0")
+        catalog.delete_tree(backend, folder)
+
+    checkpointer.delete_step = packs_first  # type: ignore[attr-defined]
+
+
+def _written_in_place() -> None:
+    def create(self: LocalBackend, path: str, data: bytes) -> None:
+        full = Path(self.root, path)
+        full.parent.mkdir(parents=True, exist_ok=True)
+        with full.open("xb") as f:
+            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+                faults.point("local.create.write")
+                f.write(half)
+                f.flush()
+
+    LocalBackend.create = create  # type: ignore[method-assign]
+
+
+MUTANTS = {
+    "commit before the manifest": (_commit_before_the_manifest, kills_of_save),
+    "commit deleted last": (_commit_deleted_last, kills_of_a_job),
+    "written in place": (_written_in_place, kills_of_save),
+}
+
+
+def found_in_a_mutant(name: str, folder: str) -> str:
+    """What the kills say of a mutant ("" if nothing)."""
+    mutate, scenario = MUTANTS[name]
+    mutate()
+    try:
+        scenario(folder)
+    except AssertionError as e:
+        return str(e)
+    return ""

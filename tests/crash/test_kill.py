@@ -6,6 +6,7 @@ from pathlib import Path
 
 import kills
 import pairs
+import pytest
 from conftest import Fresh
 
 
@@ -55,3 +56,20 @@ def test_a_collective_save_killed_at_every_point(fresh: Fresh, quick_folder: Pat
         assert [o.point for o in left] == writer and {o.newest for o in left} == {1}
         assert all(o.said.startswith("deadline: commit ") and "rank 1 did not come" in o.said for o in left)
     assert [o.point for o in of(1, True, True)] == writer and {o.newest for o in of(1, True, True)} == {1}
+
+
+@pytest.mark.parametrize("mutant", kills.MUTANTS)
+def test_the_kills_find_what_a_missing_safeguard_does(fresh: Fresh, quick_folder: Path, mutant: str) -> None:
+    assert "killed at local." in fresh(kills.found_in_a_mutant, mutant, str(quick_folder))
+
+
+def _forks_after_a_save(folder: str) -> None:
+    kills.ckpt.save(kills.state(1), folder, step=1)
+    kills.must(lambda: kills.ckpt.save(kills.state(2), folder, step=2))
+    kills.ckpt.save(kills.state(3), folder, step=3)
+    kills.must(lambda: kills.check_loads(f"{folder}@2", 2))
+    assert kills.check_listing(folder) == [3, 2, 1]
+
+
+def test_a_fork_of_a_process_that_saved_can_save(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_forks_after_a_save, str(tmp_path / "run"), limit=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import gc
+import io
 import logging
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pool import Pool
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -27,6 +28,7 @@ import ckpt
 from ckpt import faults
 from ckpt.adapters.dcp import Reader, Writer
 from ckpt.format.dtypes import DTYPES, dtype
+from ckpt.importing import import_dcp
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*:FutureWarning")
 
@@ -183,7 +185,7 @@ def test_a_state_is_rebuilt_from_the_checkpoint_alone(tmp_path: Path) -> None:
         rebuilt = _load_state_dict_from_keys(storage_reader=Reader(tmp_path / name))
         same(content, rebuilt)
     with ckpt.open(tmp_path / "flat") as c:
-        assert c.objects["__dcp_paths__"] == {"layers.": []}
+        assert c.objects["__ckpt__.dcp_paths"] == {"layers.": []}
 
 
 def test_every_dtype(tmp_path: Path) -> None:
@@ -286,6 +288,35 @@ def test_planners_may_transform(tmp_path: Path) -> None:
         planner = Halves()
         planner.create_local_plan = lambda: DefaultSavePlanner.create_local_plan(planner)  # type: ignore[method-assign]
         dcp.save({"x": torch.arange(4.0)}, storage_writer=Writer(tmp_path / "bad"), planner=planner)
+
+
+class OwnBytes(DefaultSavePlanner):
+    """A planner that serialises values in a way of its own."""
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        if write_item.tensor_data is not None:
+            return object
+        return io.BytesIO(b"mine:" + pickle.dumps(object))
+
+
+class OwnBytesBack(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        data = value.getvalue()
+        assert data.startswith(b"mine:")
+        self.state_dict[read_item.dest_index.fqn] = self.original_state_dict[read_item.dest_index.fqn] = pickle.loads(
+            data[5:]
+        )
+
+
+def test_planners_may_serialise_in_their_own_way(tmp_path: Path) -> None:
+    """Such bytes come back as they are; since the default planner would unpickle them, only if that is allowed."""
+    dcp.save({"n": [1, 2]}, storage_writer=Writer(tmp_path / "run"), planner=OwnBytes())
+    target: dict[str, Any] = {"n": None}
+    with pytest.raises(CheckpointException) as e:
+        dcp.load(target, storage_reader=Reader(tmp_path / "run"))
+    assert isinstance(failures(e.value)[0], ckpt.UnsafeError)
+    dcp.load(target, storage_reader=Reader(tmp_path / "run", allow_pickle=True), planner=OwnBytesBack())
+    assert target == {"n": [1, 2]}
 
 
 def test_cached_plans_go_to_the_step_of_today(tmp_path: Path) -> None:
@@ -419,6 +450,26 @@ def test_onto_another_parallelism(pool: Pool, tmp_path: Path, before: Any, after
     for layout, world, how in after:
         for checked, epoch in pool.run(_load_sharded, run, layout, how, world=world):
             assert checked > 20 and epoch == 4
+
+
+def _save_with_torch(rank: int, world: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    model = models.build("fsdp", rank, world)
+    optimizer = models.train_once(model)
+    models.fill(model, optimizer, 1)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optim": optimizer_state, "epoch": 4}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, thread_count=2))
+
+
+def test_what_torch_saved_sharded_is_imported(pool: Pool, tmp_path: Path) -> None:
+    pool.run(_save_with_torch, str(tmp_path / "dcp"), world=2)
+    import_dcp(tmp_path / "dcp", tmp_path / "run")
+    with ckpt.open(tmp_path / "run") as c:
+        assert len(c.manifest.boxes(c.manifest.index("model.blocks.0.up.weight"))) == 2 and c.verify().ok
+    for checked, epoch in pool.run(_load_sharded, str(tmp_path / "run"), "tp", "ckpt", world=2):
+        assert checked > 20 and epoch == 4
+    pool.run(_load_sharded, str(tmp_path / "run"), "single", "dcp", world=1)
 
 
 def _fail_on_one(rank: int, world: int, run: str, how: str) -> list[str]:

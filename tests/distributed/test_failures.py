@@ -171,6 +171,9 @@ def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+COMMIT = "local.create.link#3"
+
+
 def _hang(rank: int, world: int, run: str, victim: int, where: str) -> tuple[list[str], list[int]]:
     """The victim stops in the middle of a save; it is woken when the other rank has given up."""
     pids: list[int] = [0] * world
@@ -181,11 +184,11 @@ def _hang(rank: int, world: int, run: str, victim: int, where: str) -> tuple[lis
     job.train()
     if rank == victim:
         if where:
-            stopped = []
+            passed = []
 
             def hook(name: str) -> None:
-                if name == where and not stopped:
-                    stopped.append(name)
+                passed.append(name)
+                if name == where.partition("#")[0] and passed.count(name) == int(where.partition("#")[2] or 1):
                     _stop()
 
             faults.install(hook)
@@ -200,20 +203,34 @@ def _hang(rank: int, world: int, run: str, victim: int, where: str) -> tuple[lis
             os.kill(pids[victim], signal.SIGCONT)
     there = [s.step for s in catalog.list_run(LocalBackend(run)).committed]
     dist.barrier()
-    job.cp.save_now() if 1 not in there else None
+    if where != COMMIT:
+        job.cp.save_now()
     job.train()
     out.append(job.save())
     job.check([0, 1, 2])
     return out, there
 
 
-@pytest.mark.parametrize("where", ["", "local.new.open", "local.new.write", "local.new.fsync-folder"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [
+        (1, ""),
+        (1, "local.new.open"),
+        (1, "local.new.write"),
+        (1, "local.new.fsync-folder"),
+        (0, ""),
+        (0, "local.create.write"),
+        (0, "local.new.write"),
+        (0, COMMIT),
+    ],
+)
 def test_a_rank_that_hangs(pool: Pool, tmp_path: Path, victim: int, where: str) -> None:
-    env = {**SMALL, "CKPT_DEADLINE": "3"}
+    env = {**SMALL, "CKPT_DEADLINE": "2"}
     answers = pool.run(_hang, str(tmp_path / "run"), victim, where, world=2, env=env)
-    for said, there in answers:
-        assert said[0] == said[2] == "saved" and there == [0]
+    for rank, (said, there) in enumerate(answers):
+        assert said[0] == said[2] == "saved"
+        # Who is stopped with the commit in his hand commits when he is woken, though nobody waits for it any more.
+        assert there == ([0, 1] if where == COMMIT and rank == 0 else [0])
     cause = answers[0][0][1]
     assert cause.startswith("deadline: ") and f"rank {victim}" in cause and "hanging" in cause
     assert answers[1][0][1] == cause

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -172,7 +171,7 @@ def test_ls_shows_steps_and_marks_the_latest(made: Path) -> None:
     assert lines[0].split() == ["STEP", "GEN", "AGE", "BYTES", "WORLD", "TENSORS", "METRICS", "STATE"]
     assert [line.split()[0] for line in lines[1:4]] == ["10", "20", "30"]
     assert [line.endswith("committed, latest") for line in lines[1:4]] == [False, False, True]
-    assert "val/loss=0.1  acc=0.5" in lines[1]
+    assert "acc=0.5 val/loss=0.1" in lines[1]
     assert lines[4].startswith("3 committed, ")
 
 
@@ -335,7 +334,7 @@ def test_prune_shows_and_refuses_then_deletes(run: Path) -> None:
         result = shell("prune", run, "--keep-last", 1, *args)
         assert result.exit_code == (0 if args else 2)
         assert "step-00000010.g0000  a committed step" in result.stdout
-        assert "1 committed steps stay, among them the latest, step-00000030.g0000" in result.stdout
+        assert "1 committed step to keep, among them the latest, step-00000030.g0000" in result.stdout
         assert len(steps(run)) == 3
     assert "nothing was deleted" in result.stderr
     refused = told("prune", run, "--keep-last", 1, code=2)
@@ -351,7 +350,7 @@ def test_prune_shows_and_refuses_then_deletes(run: Path) -> None:
 def test_prune_asks_on_a_terminal(
     run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int
 ) -> None:
-    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    monkeypatch.setattr("ckpt.cli_change._somebody_there", lambda: True)
     result = shell("prune", run, "--keep-last", 1, input=answer)
     assert (result.exit_code, len(steps(run))) == (code, left)
     assert "Delete them?" in result.stdout
@@ -397,12 +396,36 @@ def test_export_and_import_pass_their_options_on(made: Path, tmp_path: Path, mon
     assert shell("export", made, "there", "--format", "zarr", "--dtype", "bfloat16").exit_code == 2
     options = [o for _, o in seen]
     assert (options[0]["only"], options[0]["prefix_strip"], options[0]["max_shard_bytes"]) == (
-        ["model.*"],
+        ["model"],
         "model",
         2 << 20,
     )
     assert options[1]["only"] == ["*.bias"]
     assert (options[2]["step"], options[2]["allow_pickle"]) == (7, True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_out_to_other_tools_and_in_from_dcp(made: Path, tmp_path: Path) -> None:
+    import safetensors.numpy
+    import torch.distributed.checkpoint as dcp
+
+    assert told("export", made, tmp_path / "hf", "--key", "model")["tensors"] == 2
+    with ckpt.open(made) as c:
+        weight = c.tensors["model.weight"].raw()
+    found = safetensors.numpy.load_file(tmp_path / "hf/model.safetensors")
+    assert set(found) == {"weight", "bias"}
+    assert (found["weight"] == weight).all()
+    assert shell("export", made, tmp_path / "hf").exit_code == 4
+    assert shell("export", made, tmp_path / "nothing", "--only", "nothing").exit_code == 3
+    assert told("export", made, tmp_path / "z", "--format", "zarr")["tensors"] == 2
+    assert (tmp_path / "z/zarr.json").exists()
+
+    dcp.save({"model": {"weight": torch.from_numpy(weight)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    done = told("import", tmp_path / "dcp", tmp_path / "run", "--step", 3)
+    assert (done["step"], done["tensors"]) == (3, 1)
+    assert shell("diff", made, tmp_path / "run", "--only", "model.weight").exit_code == 0
+    assert shell("import", tmp_path / "dcp", tmp_path / "run", "--step", 3).exit_code == 4
+    assert shell("import", tmp_path / "hf", tmp_path / "run", "--step", 4).exit_code == 3
 
 
 # What it costs.
