@@ -19,7 +19,8 @@ from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import Manifest
 from ckpt.objects import decode_object
-from ckpt.read import Pack, ReadStats, Target, check_sizes, read_targets
+from ckpt.read import Target, read_targets
+from ckpt.stored import Pack, ReadStats, check_sizes
 
 if TYPE_CHECKING:
     import torch

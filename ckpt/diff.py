@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.checkpoint import Checkpoint
+from ckpt.errors import NotFoundError
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import flat_boxes, whole
 from ckpt.format.manifest import Manifest
@@ -99,15 +100,14 @@ def diff(
     rtol, atol  |a-b| <= atol + rtol * max(|a|, |b|) everywhere counts as "close"; without both, only bits count
     progress    is told the bytes of A that were compared
 
-    Holds less than 64 MiB. Raises IntegrityError or FormatError for bytes that are not what was written.
+    Holds less than 64 MiB. Raises IntegrityError or FormatError for bytes that are not what was written, NotFoundError
+    if nothing has a name of `only`.
     """
     tolerance = None if rtol is None and atol is None else (rtol or 0.0, atol or 0.0)
     out: list[TensorDiff] = []
     same_kind: list[_Pair] = []
     other_kind: list[_Pair] = []
-    for name in _names(a.manifest, b.manifest):
-        if not _wanted(name, only):
-            continue
+    for name in _names(a.manifest, b.manifest, only):
         ia, ib = _index(a.manifest, name), _index(b.manifest, name)
         row = TensorDiff(name, IDENTICAL, _said(a.manifest, ia), _said(b.manifest, ib))
         if ia is None or ib is None:
@@ -126,17 +126,19 @@ def diff(
         _compare_values(a, b, pair, progress)
     out += [p.result() for p in same_kind] + [replace(p.result(), status=DTYPE) for p in other_kind]
     values = _objects(a.manifest, b.manifest, only)
+    if only and not out and not values:
+        raise NotFoundError(f"no tensor or object of {a.ref} or {b.ref} is called {' or '.join(only)}")
     if not only:
         values += _values("metric", _texts(a.metrics), _texts(b.metrics))
     return Diff(a.ref, b.ref, tuple(sorted(out, key=lambda t: t.name)), tuple(values))
 
 
-def _names(a: Manifest, b: Manifest) -> list[str]:
-    """Every tensor's name; an alias only where the other side has something else under it."""
+def _names(a: Manifest, b: Manifest, only: Sequence[str]) -> list[str]:
+    """Every wanted tensor's name; an alias where it was asked for or the other side has something else under it."""
     names = set(a.by_key) | set(b.by_key)
     for here, there in ((a, b), (b, a)):
-        names |= {n for n, target in here.aliases.items() if there.aliases.get(n) != target}
-    return sorted(names)
+        names |= {n for n, target in here.aliases.items() if only or there.aliases.get(n) != target}
+    return sorted(n for n in names if _wanted(n, only))
 
 
 def _index(m: Manifest, name: str) -> int | None:

@@ -24,8 +24,9 @@ from ckpt.commit import Commit, read_commit, read_manifest
 from ckpt.config import no_collection, settings
 from ckpt.errors import MismatchError
 from ckpt.format.dtypes import dtype
-from ckpt.read import ReadStats, Target, read_targets
+from ckpt.read import Target, read_targets
 from ckpt.shards import dtype_name
+from ckpt.stored import ReadStats
 from ckpt.targets import LoadOptions, Matching, matches
 
 __all__ = ["LoadOptions", "LoadReport", "load_folder", "load_ref"]

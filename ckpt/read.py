@@ -7,7 +7,6 @@ read whole and checked before any of it is used; blocks that lie contiguously in
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
-from ckpt.errors import FormatError, IntegrityError
-from ckpt.format.codec import BLOCK, Codec, crc32c, n_blocks
+from ckpt.errors import FormatError
+from ckpt.format.codec import BLOCK, crc32c, n_blocks
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, contiguous_span
 from ckpt.format.manifest import Manifest
+from ckpt.stored import Pack, ReadStats, StoredFragment
 
-__all__ = ["Pack", "ReadStats", "Segment", "Target", "check_sizes", "plan_reads", "read_targets"]
+__all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
 _JOB = 2 << 20  # bytes of one read: several blocks, few enough to be checked while still in cache
@@ -57,27 +57,6 @@ class Segment:
     direct: Bytes | None
     box: Box | None = None
     out: npt.NDArray[np.generic] | None = None
-
-
-@dataclass
-class ReadStats:
-    """Bytes asked for and bytes read from storage (headers and block tables included)."""
-
-    needed: int = 0
-    read: int = 0
-
-
-@dataclass(frozen=True)
-class _Fragment:
-    """A stored fragment as a reader needs it."""
-
-    tensor: int
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-    block: int
-    nbytes: int
-    codec: Codec | None
 
 
 def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[Segment]]:
@@ -195,85 +174,6 @@ def _slabs(shape: tuple[int, ...], box: Box, item: int) -> Iterator[Box]:
         )
 
 
-class Pack:
-    """One pack being read: its header and block table are checked before any of its data is used."""
-
-    def __init__(self, backend: Backend, folder: str, manifest: Manifest, index: int, stats: ReadStats) -> None:
-        self.backend, self.manifest, self.index = backend, manifest, index
-        self.path = f"{folder}/{manifest.pack_path(index)}"
-        packs = manifest.packs
-        size, table_offset = int(packs.size[index]), int(packs.table_offset[index])
-        actual = backend.size(self.path)
-        if actual != size:
-            raise self._damaged(f"{actual} bytes long, its checkpoint says {size}")
-        header, table = np.empty(int(packs.data_start[index]), np.uint8), np.empty(size - table_offset, np.uint8)
-        backend.read(self.path, 0, [memoryview(header)])
-        if crc32c(header) != int(packs.header_crc[index]):
-            raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
-        backend.read(self.path, table_offset, [memoryview(table)])
-        if crc32c(table) != int(packs.table_crc[index]):
-            raise self._damaged(f"its block table (bytes {table_offset} to {size}) was changed after it was written")
-        entry = int(packs.entry[index]) // 4
-        rows = table.view("<u4").reshape(-1, entry)
-        self.crc: list[int] = rows[:, 0].tolist()
-        self.stored = rows[:, 1].astype(np.int64) if entry == 2 else None
-        stats.read += len(header) + len(table)
-
-    @property
-    def where(self) -> str:
-        return f"{self.backend.root}/{self.path}"
-
-    def fragment(self, row: int, tensor: int, shape: tuple[int, ...]) -> _Fragment:
-        m = self.manifest
-        code = 0 if m.codec is None else int(m.codec[row])
-        nbytes = math.prod(shape) * dtype(m.tensors[tensor].dtype).itemsize
-        return _Fragment(
-            tensor,
-            shape,
-            int(m.offset[row]),
-            int(m.length[row]),
-            int(m.block[row]),
-            nbytes,
-            m.codecs[code - 1] if code else None,
-        )
-
-    def block_sizes(self, fragment: _Fragment) -> list[int]:
-        """Stored bytes of each block of a fragment."""
-        starts = _stored_starts(self, fragment)
-        if starts is not None:
-            return [int(n) for n in np.diff(starts)]
-        return [min(BLOCK, fragment.nbytes - at) for at in range(0, fragment.nbytes, BLOCK)]
-
-    def _damaged(self, what: str) -> IntegrityError:
-        """With the tensors that are in this pack."""
-        m = self.manifest
-        inside = np.unique(np.searchsorted(m.start, np.flatnonzero(m.pack == self.index), side="right") - 1)
-        names = ", ".join(repr(m.tensors[t].key) for t in inside[:5].tolist())
-        more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
-        return IntegrityError(f"{self.where}: {what}; it holds {names or 'no tensor'}{more}; load an older step")
-
-    def bad_block(self, fragment: _Fragment, block: int) -> IntegrityError:
-        spec = self.manifest.tensors[fragment.tensor]
-        starts = _stored_starts(self, fragment)
-        at = fragment.offset + (block * BLOCK if starts is None else int(starts[block]))
-        return IntegrityError(
-            f"{self.where}: block {fragment.block + block} (from byte {at}) of tensor {spec.key!r} differs from what was written; load an older step, and check the storage"
-        )
-
-
-def check_sizes(backend: Backend, folder: str, manifest: Manifest, tensor: int) -> None:
-    """Raises IntegrityError unless the packs that hold a tensor are as long as they should be: asked before much
-    memory is taken for what a manifest merely says."""
-    for p in np.unique(manifest.pack[int(manifest.start[tensor]) : int(manifest.start[tensor + 1])]).tolist():
-        path, size = f"{folder}/{manifest.pack_path(p)}", int(manifest.packs.size[p])
-        actual = backend.size(path)
-        if actual != size:
-            name = manifest.tensors[tensor].key
-            raise IntegrityError(
-                f"{backend.root}/{path}: {actual} bytes long, its checkpoint says {size}; it holds {name!r}"
-            )
-
-
 @dataclass
 class _Job:
     """One range of a pack: consecutive segments, read with one call."""
@@ -281,7 +181,7 @@ class _Job:
     pack: Pack
     start: int
     stop: int
-    parts: list[tuple[Segment, _Fragment, int, int]] = field(default_factory=list)  # segment, fragment, file range
+    parts: list[tuple[Segment, StoredFragment, int, int]] = field(default_factory=list)  # segment, fragment, file range
 
 
 def read_targets(
@@ -317,7 +217,7 @@ def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
         if segment.row != row or fragment is None:
             row = segment.row
             fragment = pack.fragment(row, segment.tensor, segment.shape)
-            starts = _stored_starts(pack, fragment)
+            starts = pack.starts(fragment)
         for part in _pieces(segment, fragment):
             lo = fragment.offset + (part.first * BLOCK if starts is None else int(starts[part.first]))
             hi = lo + part.nbytes if starts is None else fragment.offset + int(starts[part.first + part.count])
@@ -332,20 +232,7 @@ def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
         yield job
 
 
-def _stored_starts(pack: Pack, fragment: _Fragment) -> npt.NDArray[np.int64] | None:
-    """Where the stored blocks of a coded fragment begin, relative to it; None for a raw one."""
-    if fragment.codec is None or pack.stored is None:
-        return None
-    sizes = pack.stored[fragment.block : fragment.block + n_blocks(fragment.nbytes)]
-    starts = np.concatenate(([0], np.cumsum(sizes)))
-    if int(starts[-1]) != fragment.length or (sizes < 0).any():
-        raise IntegrityError(
-            f"{pack.where}: the block table does not add up for {pack.manifest.tensors[fragment.tensor].key!r}"
-        )
-    return starts
-
-
-def _pieces(segment: Segment, fragment: _Fragment) -> Iterator[Segment]:
+def _pieces(segment: Segment, fragment: StoredFragment) -> Iterator[Segment]:
     """A long in-place segment in parts of one job each."""
     step = _JOB // BLOCK
     if segment.direct is None or segment.count <= step:
@@ -411,7 +298,7 @@ def _run(job: _Job, scratch: Bytes) -> None:
         _place(pack, segment, fragment, place)
 
 
-def _place(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes) -> None:
+def _place(pack: Pack, segment: Segment, fragment: StoredFragment, stored: Bytes) -> None:
     """Checks the blocks of a segment and brings their content to the target."""
     base = fragment.block + segment.first
     if fragment.codec is None:
@@ -420,7 +307,7 @@ def _place(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes) -> 
                 raise pack.bad_block(fragment, segment.first + k)
         raw = stored
     else:
-        raw = _decode(pack, segment, fragment, stored, base)
+        raw = pack.decode(fragment, segment.first, segment.count, segment.nbytes, stored)
         if segment.direct is not None:
             segment.direct[:] = raw
     if segment.direct is not None:
@@ -438,22 +325,3 @@ def _place(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes) -> 
     segment.out[...] = np.ndarray(
         segment.box.shape, dtype=kind.numpy, buffer=memoryview(raw), offset=lo - segment.first * BLOCK, strides=strides
     )
-
-
-def _decode(pack: Pack, segment: Segment, fragment: _Fragment, stored: Bytes, base: int) -> Bytes:
-    assert fragment.codec is not None and pack.stored is not None
-    codec = fragment.codec.make()
-    raw = np.zeros(segment.nbytes, dtype=np.uint8)  # a hostile block that decodes to less must not show old memory
-    at = 0
-    for k in range(segment.count):
-        n = int(pack.stored[base + k])
-        block = stored[at : at + n]
-        at += n
-        if crc32c(block) != pack.crc[base + k]:
-            raise pack.bad_block(fragment, segment.first + k)
-        out = raw[k * BLOCK : (k + 1) * BLOCK]
-        try:
-            codec.decode(block, out=out)  # never allocates what the block claims to hold
-        except Exception as e:
-            raise FormatError(f"{pack.where}: block {base + k} cannot be decoded ({type(e).__name__}: {e})") from e
-    return raw

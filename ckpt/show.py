@@ -16,7 +16,19 @@ import click
 
 from ckpt.errors import UsageError
 
-__all__ = ["age", "columns", "count", "duration", "emit", "plain", "progress", "seconds_since", "shorten", "size", "size_of"]
+__all__ = [
+    "age",
+    "columns",
+    "count",
+    "duration",
+    "emit",
+    "plain",
+    "progress",
+    "seconds_since",
+    "shorten",
+    "size",
+    "size_of",
+]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}

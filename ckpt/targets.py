@@ -95,7 +95,7 @@ class Matching:
 
     def _find(self, name: str) -> int | None:
         m = self.manifest
-        stored = m.aliases.get(name, name)
+        stored = name if name in m.by_key or name in m.has_variants else m.aliases.get(name, name)
         found = m.by_key.get(stored)
         if found is None and stored in m.has_variants:
             return m.by_key[f"{stored}@{self._variant(stored, m.has_variants[stored])}"]

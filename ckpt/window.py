@@ -17,7 +17,8 @@ from ckpt.format.codec import BLOCK
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, flat_boxes
 from ckpt.format.manifest import Manifest
-from ckpt.read import ReadStats, Target, read_targets
+from ckpt.read import Target, read_targets
+from ckpt.stored import ReadStats
 
 __all__ = ["Part", "Stream", "cut_windows"]
 

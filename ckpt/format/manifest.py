@@ -175,7 +175,7 @@ class Manifest:
 
     def index(self, key: str) -> int:
         """The index of a tensor by key, aliases resolved. Raises NotFoundError."""
-        found = self.by_key.get(self.aliases.get(key, key))
+        found = self.by_key.get(key, self.by_key.get(self.aliases.get(key, key)))
         if found is None:
             raise NotFoundError(f"no tensor {key!r} in this checkpoint; `ckpt inspect` lists them")
         return found

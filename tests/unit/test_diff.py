@@ -175,6 +175,8 @@ def test_only_some_names(tmp_path: Path) -> None:
     found = compare(tmp_path, a, b, only=["*.x"], metrics_a={"loss": 1.0}, metrics_b={"loss": 2.0})
     assert found.same
     assert [t.name for t in found.tensors] == ["m.x"]
+    with pytest.raises(ckpt.NotFoundError, match="is called nothing"):
+        compare(tmp_path / "2", a, b, only=["nothing"])
 
 
 class Tied(torch.nn.Module):
@@ -190,6 +192,8 @@ def test_an_alias_is_the_tensor_it_names(tmp_path: Path) -> None:
     assert [(t.name, t.status) for t in found.tensors] == [("m.embed", "identical"), ("m.head", "differs")]
     both = compare(tmp_path / "3", {"m": Tied(True)}, {"m": Tied(True)})
     assert [t.name for t in both.tensors] == ["m.embed"]
+    asked = compare(tmp_path / "4", {"m": Tied(True)}, {"m": Tied(True)}, only=["*.head"])
+    assert [(t.name, t.status) for t in asked.tensors] == [("m.head", "identical")]
 
 
 # Fragments, damage, memory.

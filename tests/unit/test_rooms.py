@@ -36,6 +36,7 @@ RULES = {
     "format/": ("torch", "ckpt.backends", "ckpt.collective", "ckpt.state", "ckpt.plan", "ckpt.catalog", "mpi4py"),
     "backends/": ("torch", "numpy", "ckpt.format", "ckpt.collective", "ckpt.plan", "ckpt.state"),
     "plan.py": ("torch", "ckpt.backends"),
+    "stored.py": ("torch", "ckpt.collective", "ckpt.plan", "ckpt.state"),
     "read.py": ("torch", "ckpt.collective", "ckpt.plan", "ckpt.state"),
     "commit.py": ("torch", "ckpt.collective"),
     "catalog.py": ("torch", "ckpt.collective"),
