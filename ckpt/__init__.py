@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ckpt.catalog import KeepBest, KeepEvery, KeepLast
     from ckpt.checkpoint import Checkpoint
     from ckpt.checkpoint import open_checkpoint as open
-    from ckpt.checkpointer import Checkpointer, load, save
+    from ckpt.checkpointer import Checkpointer, CloseReport, load, save
     from ckpt.config import Every
     from ckpt.errors import (
         CkptError,
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
         UsageError,
     )
     from ckpt.format.layout import Layout
+    from ckpt.loading import LoadReport
     from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
     from ckpt.rng import RNG
+    from ckpt.saving import SaveReport
     from ckpt.shards import ByLayout, Shard
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "Checkpointer",
     "CkptError",
+    "CloseReport",
     "ConflictError",
     "DeadlineError",
     "Every",
@@ -50,6 +53,7 @@ __all__ = [
     "KeepLast",
     "Layout",
     "LayoutError",
+    "LoadReport",
     "MismatchError",
     "NotFoundError",
     "PeerError",
@@ -57,6 +61,7 @@ __all__ = [
     "PerRank",
     "Pickled",
     "Replicated",
+    "SaveReport",
     "Shard",
     "StorageError",
     "UnsafeError",
@@ -71,6 +76,9 @@ _HOME = {
     "RNG": "rng",
     "Checkpoint": "checkpoint",
     "Checkpointer": "checkpointer",
+    "CloseReport": "checkpointer",
+    "LoadReport": "loading",
+    "SaveReport": "saving",
     "load": "checkpointer",
     "save": "checkpointer",
     "Every": "config",

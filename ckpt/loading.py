@@ -134,7 +134,8 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
         if any(n.startswith(s + ".") for s in strict)
         and options.wants(n)
         and not matches(n, options.allow_unexpected)
-        and not n.endswith(".groups")
+        and not n.endswith((".groups", ".param_groups"))
+        and ".param_groups." not in n
     )
     if unexpected:
         problems["unexpected in the checkpoint"] = unexpected

@@ -20,7 +20,7 @@ from ckpt.collective import decode, encode
 from ckpt.errors import LayoutError
 from ckpt.format.codec import BLOCK
 from ckpt.format.dtypes import dtype
-from ckpt.format.fragment import Box, disjoint, flat_boxes, in_a_row
+from ckpt.format.fragment import Box, disjoint, flat_boxes, in_a_row, tiles
 from ckpt.format.pack import TensorSpec
 
 __all__ = ["Claim", "Claims", "NeedDigests", "Plan", "merge"]
@@ -292,7 +292,7 @@ def _check_coverage(tensors: Sequence[TensorSpec], tensor: npt.NDArray[np.int64]
     for t, spec in enumerate(tensors):
         rows = slice(int(start[t]), int(start[t + 1]))
         offset, extent = box[rows, 0, : len(spec.shape)], box[rows, 1, : len(spec.shape)]
-        if in_a_row(spec.shape, offset, extent):
+        if in_a_row(spec.shape, offset, extent) or tiles(spec.shape, offset, extent):
             continue
         clash = disjoint(offset, extent)
         if clash is not None:

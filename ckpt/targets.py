@@ -75,7 +75,8 @@ class Matching:
         self.tensors: dict[str, Wanted] = {}
         self.used_objects: set[str] = set()
         self.strict: set[str] = set()
-        self.notes: list[str] = []
+        self.remarks: list[str] = []
+        self.elsewhere: dict[str, list[str]] = {}  # variant taken in place of this rank's own -> names
         self.tolerated: list[str] = []
         self.problems: dict[str, list[str]] = {}
         self.finish: list[Callable[[], None]] = []
@@ -105,12 +106,18 @@ class Matching:
         """Which of several per-rank values is this rank's."""
         rank = self.group.rank % max(1, self.manifest.world)
         mine = f"rank={rank}" if f"rank={rank}" in variants else sorted(variants, key=_rank_of)[rank % len(variants)]
-        if self.manifest.world != self.group.world:
-            self.notes.append(
-                f"{name!r} is stored per rank for {self.manifest.world} ranks; rank {self.group.rank} of "
-                f"{self.group.world} takes the one of {mine}"
-            )
+        if self.manifest.world != self.group.world or mine != f"rank={self.group.rank}":
+            self.elsewhere.setdefault(mine, []).append(name)
         return mine
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, a sentence each."""
+        return [
+            f"{', '.join(map(repr, names[:8]))}{' and more' if len(names) > 8 else ''}: stored per rank for "
+            f"{self.manifest.world} ranks; rank {self.group.rank} of {self.group.world} takes the value of {mine}"
+            for mine, names in self.elsewhere.items()
+        ] + self.remarks
 
     def _object(self, name: str, policy: str = AUTO) -> ObjectEntry | None:
         entries = self._objects.get(name)
@@ -232,7 +239,7 @@ class Matching:
                 del self.problems["missing from the checkpoint"]
             self._tensor(name, tensor)
         elif first in self.tensors and self.tensors[first].index != index:
-            self.notes.append(f"{name!r} is tied to {first!r} in the state but stored apart; {first!r} was taken")
+            self.remarks.append(f"{name!r} is tied to {first!r} in the state but stored apart; {first!r} was taken")
             self.tensors[f"{name} (tied)"] = Wanted(index, Held("", (), (), ""))
 
     def _value(self, name: str, setter: Callable[[Any], None]) -> None:

@@ -40,7 +40,6 @@ class Ring:
             buffer = np.frombuffer(m, dtype=np.uint8)
             buffer[:: mmap.PAGESIZE] = 0
             self._free.put(buffer)
-        self.scratch = np.zeros(BLOCK, dtype=np.uint8)
         self.threads = ThreadPoolExecutor(settings.writers, thread_name_prefix="ckpt-write")
 
     def take(self) -> Bytes:
@@ -109,7 +108,7 @@ def write_pack(
     try:
         stream = _Stream(upload, ring, layout.data_start)
         try:
-            lengths, table = _stream_data(layout, sources, stream, ring.scratch)
+            lengths, table = _stream_data(layout, sources, stream)
             stream.put(table)
             stream.send()
             if layout.entry == 8:
@@ -138,11 +137,10 @@ def write_pack(
     )
 
 
-def _stream_data(
-    layout: PackLayout, sources: Sequence[Source], stream: _Stream, scratch: Bytes
-) -> tuple[list[int], Bytes]:
+def _stream_data(layout: PackLayout, sources: Sequence[Source], stream: _Stream) -> tuple[list[int], Bytes]:
     """Sends all fragments in file order; returns their stored lengths and the block table."""
     table = np.empty((layout.n_blocks, layout.entry // 4), dtype="<u4")
+    scratch = np.empty(BLOCK if layout.entry == 8 else 0, dtype=np.uint8)
     lengths: list[int] = []
     row = 0
     for piece, index in zip(layout.pieces, layout.order.tolist(), strict=True):

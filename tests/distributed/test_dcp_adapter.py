@@ -135,7 +135,7 @@ def test_what_dcp_saved_loads_into_model_and_optimizer_themselves(tmp_path: Path
         for p in other.parameters():
             nn.init.zeros_(p)
         target.param_groups[0]["lr"] = 9.0
-        ckpt.load({"model": other, "optim": target}, run, allow_unexpected=["optim.param_groups"])
+        ckpt.load({"model": other, "optim": target}, run)
         same(dict(model.state_dict()), dict(other.state_dict()))
         same(optimizer.state_dict(), target.state_dict())
 
@@ -422,7 +422,7 @@ def _load_sharded(rank: int, world: int, run: str, layout: str, how: str) -> tup
     models.fill(model, optimizer, 2)
     if how == "ckpt":
         state: dict[str, Any] = {"model": model, "optim": optimizer, "epoch": 0}
-        ckpt.load(state, run, allow_unexpected=["optim.param_groups"])
+        ckpt.load(state, run)
     else:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optim": optimizer_state, "epoch": 0}
