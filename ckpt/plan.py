@@ -222,7 +222,7 @@ def _assign(
     rank = np.repeat(np.arange(world), [len(c.tensor) for c in claims])
     local = np.concatenate([c.tensor for c in claims]).astype(np.int64)
     tensor = np.concatenate([ids[r][c.tensor] for r, c in enumerate(claims)])
-    box = np.concatenate([np.pad(c.box, ((0, 0), (0, 0), (0, width - c.box.shape[2]))) for c in claims])
+    box = np.concatenate([_widened(c.box, width) for c in claims])
     order = np.lexsort([rank, *_box_keys(box), tensor])
     rank, local, tensor, box = rank[order], local[order], tensor[order], box[order]
     new = np.ones(len(order), dtype=bool)
@@ -243,6 +243,10 @@ def _assign(
     rank, tensor, local, box = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort([*_box_keys(box), tensor, rank])
     return Plan(tensors, rank[order], tensor[order], local[order], box[order], per_rank)
+
+
+def _widened(box: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int64]:
+    return box if box.shape[2] == width else np.pad(box, ((0, 0), (0, 0), (0, width - box.shape[2])))
 
 
 def _box_keys(box: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:

@@ -26,12 +26,12 @@ from ckpt.catalog import resolve
 from ckpt.checkpoint import Checkpoint
 from ckpt.commit import read_commit
 from ckpt.config import settings
-from ckpt.dcp_tree import PATHS, Path, flatten, join, optimizer_keys, param_groups, path_of
 from ckpt.errors import MismatchError, NotFoundError, UnsafeError
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import ObjectEntry
 from ckpt.objects import decode_object
+from ckpt.offline.dcp_tree import PATHS, Path, flatten, join, optimizer_keys, param_groups, path_of
 from ckpt.read import Target, read_targets
 from ckpt.shards import dtype_name
 

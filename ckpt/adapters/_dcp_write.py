@@ -25,8 +25,6 @@ from ckpt.backends import Backend
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step
 from ckpt.config import settings
-from ckpt.dcp_tree import PATHS, Path
-from ckpt.dcp_values import Values
 from ckpt.errors import LayoutError, UsageError
 from ckpt.format.codec import crc32c
 from ckpt.format.dtypes import dtype
@@ -34,6 +32,8 @@ from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import Piece, TensorSpec
 from ckpt.objects import encode_object
+from ckpt.offline.dcp_tree import PATHS, Path
+from ckpt.offline.dcp_values import Values
 from ckpt.plan import SHARD, Claim, Claims, merge
 from ckpt.shards import dtype_name, hold
 from ckpt.write import PackReport, Ring, Source, write_pack

@@ -20,7 +20,7 @@ import ckpt
 from ckpt import catalog, checkpointer, faults
 from ckpt.backends import LocalBackend
 from ckpt.checkpoint import Checkpoint
-from ckpt.prune import carry_out, plan_prune
+from ckpt.offline.prune import carry_out, plan_prune
 
 KILLED = -signal.SIGKILL
 MIB = 1 << 20

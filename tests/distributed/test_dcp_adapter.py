@@ -28,7 +28,7 @@ import ckpt
 from ckpt import faults
 from ckpt.adapters.dcp import Reader, Writer
 from ckpt.format.dtypes import DTYPES, dtype
-from ckpt.importing import import_dcp
+from ckpt.offline.importing import import_dcp
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*:FutureWarning")
 

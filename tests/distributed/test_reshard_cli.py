@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 
 import ckpt
 from ckpt.collective import Solo, current_group
-from ckpt.diff import diff
 from ckpt.format.fragment import Box, tiles
 from ckpt.format.layout import Cut, Layout, Part
 from ckpt.format.manifest import Manifest, Packs
 from ckpt.format.pack import TensorSpec
-from ckpt.recut import TpRule, plan_ranks
-from ckpt.reshard import ORIGIN, ReshardReport, reshard
+from ckpt.offline.diff import diff
+from ckpt.offline.recut import TpRule, plan_ranks
+from ckpt.offline.reshard import ORIGIN, ReshardReport, reshard
 from ckpt.saving import Planner, save_state
 
 
@@ -367,7 +367,7 @@ def test_damage_in_the_source_is_found_and_publishes_nothing(source: Path, folde
 
 
 def test_a_process_that_fails_fails_all(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ckpt.reshard as module
+    import ckpt.offline.reshard as module
 
     def refuse(backend: Any, path: str, *rest: Any) -> Any:
         if "rank-00001" in path:

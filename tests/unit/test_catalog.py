@@ -30,7 +30,7 @@ from ckpt.catalog import (
 )
 from ckpt.commit import Commit, Generation, publish, sealed, step_folder
 from ckpt.errors import FormatError, IntegrityError, NotFoundError, UsageError
-from ckpt.prune import Doomed, carry_out, plan_prune
+from ckpt.offline.prune import Doomed, carry_out, plan_prune
 
 
 def commit(step: int, generation: int = 0, attempt: str = "a0", **metrics: float) -> Commit:

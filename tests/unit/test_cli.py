@@ -19,9 +19,9 @@ from click.testing import CliRunner, Result
 import ckpt
 from ckpt import errors
 from ckpt.cli import cli
+from ckpt.cli.shell import EXIT_CODES
+from ckpt.cli.show import age, duration, shorten, size, size_of
 from ckpt.commit import Commit, publish, read_commit, sealed
-from ckpt.shell import EXIT_CODES
-from ckpt.show import age, duration, shorten, size, size_of
 
 
 def shell(*args: object, **options: Any) -> Result:
@@ -246,7 +246,7 @@ def test_inspect_names_the_parents(run: Path) -> None:
     )
     result = shell("inspect", run)
     assert result.exit_code == 1  # its manifest says generation 0: found out
-    from ckpt.cli_inspect import _parents
+    from ckpt.cli.details import _parents
 
     assert _parents(ckpt.catalog.list_run(c.backend).generations, 2) == ["step-00000025.g0001", "step-00000020.g0000"]
 
@@ -350,7 +350,7 @@ def test_prune_shows_and_refuses_then_deletes(run: Path) -> None:
 def test_prune_asks_on_a_terminal(
     run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int
 ) -> None:
-    monkeypatch.setattr("ckpt.cli_change._somebody_there", lambda: True)
+    monkeypatch.setattr("ckpt.cli.change._somebody_there", lambda: True)
     result = shell("prune", run, "--keep-last", 1, input=answer)
     assert (result.exit_code, len(steps(run))) == (code, left)
     assert "Delete them?" in result.stdout
@@ -379,7 +379,7 @@ def test_prune_by_metric(run: Path) -> None:
 
 
 def test_export_and_import_pass_their_options_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt import export, importing
+    from ckpt.offline import export, importing
 
     seen: list[tuple[Any, ...]] = []
 

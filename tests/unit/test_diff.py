@@ -14,12 +14,12 @@ import torch
 
 import ckpt
 from ckpt.collective import Solo
-from ckpt.diff import Diff, TensorDiff, diff
 from ckpt.format.dtypes import DTYPES, dtype
-from ckpt.recut import TpRule
-from ckpt.reshard import ORIGIN, reshard
-from ckpt.values import numbers
-from ckpt.window import cut_windows
+from ckpt.offline.diff import Diff, TensorDiff, diff
+from ckpt.offline.recut import TpRule
+from ckpt.offline.reshard import ORIGIN, reshard
+from ckpt.offline.values import numbers
+from ckpt.offline.window import cut_windows
 
 
 def compare(tmp_path: Path, a: dict[str, Any], b: dict[str, Any], **options: Any) -> Diff:
@@ -250,7 +250,7 @@ def test_comparing_needs_no_torch(tmp_path: Path) -> None:
     ckpt.save({"w": torch.rand(100).bfloat16()}, tmp_path / "a")
     ckpt.save({"w": torch.rand(100).bfloat16()}, tmp_path / "b")
     code = (
-        "import sys; from ckpt.checkpoint import open_checkpoint as o; from ckpt.diff import diff\n"
+        "import sys; from ckpt.checkpoint import open_checkpoint as o; from ckpt.offline.diff import diff\n"
         f"assert not diff(o({str(tmp_path / 'a')!r}), o({str(tmp_path / 'b')!r})).same\n"
         "assert 'torch' not in sys.modules"
     )

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import ckpt
-from ckpt import export, faults
-from ckpt.export import export_safetensors, export_zarr
+from ckpt import faults
+from ckpt.offline import export
+from ckpt.offline.export import export_safetensors, export_zarr
 
 
 class Net(nn.Module):

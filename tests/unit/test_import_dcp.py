@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 import ckpt
-from ckpt import importing
 from ckpt.format.dtypes import DTYPES, dtype
-from ckpt.importing import import_dcp
+from ckpt.offline import importing
+from ckpt.offline.importing import import_dcp
 
 
 def saved(state: dict[str, Any], folder: Path, **how: Any) -> Path:

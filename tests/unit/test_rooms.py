@@ -70,7 +70,7 @@ def test_only_collective_talks_to_the_other_ranks() -> None:
 
 def test_nobody_imports_the_command_line_or_the_adapters() -> None:
     for file in FILES:
-        if not place(file).startswith(("cli", "adapters/")) and place(file) != "__init__.py":
+        if not place(file).startswith(("cli/", "adapters/")) and place(file) != "__init__.py":
             assert not knows(file, "ckpt.cli", "ckpt.adapters"), place(file)
 
 
@@ -83,7 +83,9 @@ def test_unpickling_happens_in_two_named_places() -> None:
     """objects.py behind allow_pickle, importing.py with an allow-list; nowhere else."""
     for file in FILES:
         text = file.read_text()
-        if place(file) in ("objects.py", "importing.py") or place(file).startswith("adapters/"):
+        if place(file) in ("objects.py", "offline/importing.py", "offline/dcp_index.py") or place(file).startswith(
+            "adapters/"
+        ):
             continue
         assert "pickle.load" not in text and "torch.load(" not in text, place(file)
 

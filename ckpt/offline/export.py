@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckpt.appearing import appearing, write_file
 from ckpt.checkpoint import Checkpoint, open_checkpoint
-from ckpt.dcp_tree import optimizer_keys
 from ckpt.errors import NotFoundError, UsageError
 from ckpt.faults import point
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, whole
 from ckpt.format.pack import TensorSpec
+from ckpt.offline.appearing import appearing, write_file
+from ckpt.offline.dcp_tree import optimizer_keys
+from ckpt.offline.window import Stream
 from ckpt.read import Target, read_targets
-from ckpt.window import Stream
 
 __all__ = ["ExportReport", "export_safetensors", "export_zarr"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import click
 
 from ckpt import __version__
-from ckpt.cli_change import export, import_, prune, reshard
-from ckpt.cli_inspect import inspect
-from ckpt.cli_look import diff, ls, verify
-from ckpt.shell import Shell
+from ckpt.cli.change import export, import_, prune, reshard
+from ckpt.cli.details import inspect
+from ckpt.cli.look import diff, ls, verify
+from ckpt.cli.shell import Shell
 
 __all__ = ["cli", "main"]
 
@@ -54,7 +54,3 @@ for _verb in (ls, inspect, verify, diff, reshard, export, import_, prune):
 def main() -> None:
     """The console script `ckpt`; ends the process."""
     cli.main()
-
-
-if __name__ == "__main__":
-    main()

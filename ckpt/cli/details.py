@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.shell import verb
-from ckpt.show import age, columns, count, emit, seconds_since, shorten, size
+from ckpt.cli.shell import verb
+from ckpt.cli.show import age, columns, count, emit, seconds_since, shorten, size
 
 if TYPE_CHECKING:
     from ckpt.format.manifest import Manifest

@@ -24,12 +24,12 @@ from ckpt.backends import Backend, backend_for
 from ckpt.catalog import delete_tree, generations_in_use, list_run, parse_ref
 from ckpt.commit import claim_attempt, commit_step, step_folder
 from ckpt.config import settings
-from ckpt.dcp_index import Chunk, Index, Place, read_index
-from ckpt.dcp_values import Values
 from ckpt.errors import FormatError, LayoutError, UnsafeError, UsageError
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import Piece, TensorSpec
+from ckpt.offline.dcp_index import Chunk, Index, Place, read_index
+from ckpt.offline.dcp_values import Values
 from ckpt.plan import SHARD, Claim, Claims, Plan, merge
 from ckpt.shards import dtype_name, hold
 from ckpt.write import PackReport, Ring, Source, write_pack

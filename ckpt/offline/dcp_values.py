@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ckpt.dcp_tree import PATHS, Path, build, group_leaves, group_tables, join, odd_paths, optimizer_keys
 from ckpt.errors import LayoutError, UsageError
 from ckpt.objects import Pickled, encode_object
+from ckpt.offline.dcp_tree import PATHS, Path, build, group_leaves, group_tables, join, odd_paths, optimizer_keys
 from ckpt.shards import hold
 
 __all__ = ["Values"]

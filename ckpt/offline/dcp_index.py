@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ckpt.backends import Backend
-from ckpt.dcp_tree import Path, join
 from ckpt.errors import CkptError, FormatError, NotFoundError, UnsafeError
 from ckpt.format.dtypes import DTYPES, dtype
 from ckpt.format.fragment import Box
 from ckpt.format.pack import TensorSpec
+from ckpt.offline.dcp_tree import Path, join
 
 __all__ = ["Chunk", "Index", "Place", "read_index"]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.shell import EXIT_CODES, run_backend, verb
-from ckpt.show import age, columns, count, emit, plain, progress, seconds_since, shorten, size
+from ckpt.cli.shell import EXIT_CODES, run_backend, verb
+from ckpt.cli.show import age, columns, count, emit, plain, progress, seconds_since, shorten, size
 
 if TYPE_CHECKING:
     from ckpt.backends import Backend
     from ckpt.catalog import Step
     from ckpt.checkpoint import Verification
     from ckpt.commit import Commit
-    from ckpt.diff import Diff, TensorDiff
+    from ckpt.offline.diff import Diff, TensorDiff
 
 __all__ = ["diff", "ls", "verify"]
 
@@ -83,7 +83,7 @@ def _measure_leftovers(rows: Sequence[dict[str, Any]], backend: Backend) -> None
     """Leftovers have no commit to tell their size and age: their files do."""
     import time
 
-    from ckpt.prune import measure
+    from ckpt.offline.prune import measure
 
     for row in rows:
         if row["state"] != "committed":
@@ -182,7 +182,7 @@ def diff(a: str, b: str, only: tuple[str, ...], rtol: float | None, atol: float 
     Values and metrics are compared too.
     """
     from ckpt.checkpoint import open_checkpoint
-    from ckpt.diff import diff as compare
+    from ckpt.offline.diff import diff as compare
 
     with open_checkpoint(a) as left, open_checkpoint(b) as right:
         total = None if only else left.manifest.nbytes

@@ -27,9 +27,9 @@ from ckpt.format.codec import Codec
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.format.pack import Piece, layout_pack
+from ckpt.offline.recut import TpRule, plan_ranks
+from ckpt.offline.window import Part, Stream
 from ckpt.plan import Plan
-from ckpt.recut import TpRule, plan_ranks
-from ckpt.window import Part, Stream
 from ckpt.write import PackReport, Ring, Source, write_pack
 
 __all__ = ["ORIGIN", "ReshardReport", "TpRule", "reshard"]

@@ -115,7 +115,7 @@ def _failed(e: BaseException, as_json: bool) -> int:
     if not first_process() and kind not in ("deadline", "peer"):
         return code
     if as_json:
-        from ckpt.show import emit
+        from ckpt.cli.show import emit
 
         emit({"error": {"kind": kind, "message": message}})
     elif isinstance(e, click.ClickException):

@@ -19,8 +19,8 @@ from ckpt.errors import NotFoundError
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import flat_boxes, whole
 from ckpt.format.manifest import Manifest
-from ckpt.values import numbers
-from ckpt.window import Stream
+from ckpt.offline.values import numbers
+from ckpt.offline.window import Stream
 
 __all__ = ["Diff", "TensorDiff", "ValueDiff", "diff"]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ckpt.cli.shell import first_process, run_backend, under_torchrun, verb
+from ckpt.cli.show import columns, count, duration, emit, plain, progress, size, size_of
 from ckpt.errors import UsageError
-from ckpt.shell import first_process, run_backend, under_torchrun, verb
-from ckpt.show import columns, count, duration, emit, plain, progress, size, size_of
 
 if TYPE_CHECKING:
     from ckpt.catalog import Policy
     from ckpt.collective import Group
-    from ckpt.prune import Doomed, Pruning
-    from ckpt.recut import TpRule
+    from ckpt.offline.prune import Doomed, Pruning
+    from ckpt.offline.recut import TpRule
 
 __all__ = ["export", "import_", "prune", "reshard"]
 
@@ -46,7 +46,7 @@ def reshard(
     if dry_run:
         return _plan_reshard(src, ranks, tp, wanted, as_json) if first_process() else 0
     from ckpt.catalog import resolve
-    from ckpt.reshard import reshard as rewrite
+    from ckpt.offline.reshard import reshard as rewrite
 
     with _processes() as group:
         alone = group.rank == 0 and not as_json and sys.stderr.isatty()
@@ -63,7 +63,7 @@ def reshard(
 
 
 def _rule(text: str) -> TpRule:
-    from ckpt.recut import TpRule
+    from ckpt.offline.recut import TpRule
 
     pattern, _, dim = text.rpartition("=")
     if not pattern or not dim.isdecimal():
@@ -73,7 +73,7 @@ def _rule(text: str) -> TpRule:
 
 def _plan_reshard(src: str, ranks: int, tp: int, rules: Sequence[TpRule], as_json: bool) -> int:
     from ckpt.checkpoint import open_checkpoint
-    from ckpt.recut import plan_ranks
+    from ckpt.offline.recut import plan_ranks
 
     with open_checkpoint(src) as c:
         plan = plan_ranks(c.manifest, ranks, tp, rules)
@@ -131,7 +131,7 @@ def export(
 
     safetensors: shards with a model.safetensors.index.json, as Hugging Face loads them. zarr: a native Zarr v3 group.
     """
-    from ckpt import export as out
+    from ckpt.offline import export as out
 
     names = list(only) or ([key] if key else None)
     with progress("exporting", _total(ref), show=not as_json) as tell:
@@ -181,7 +181,7 @@ def import_(src: str, run: str, step: int, allow_pickle: bool, as_json: bool) ->
 
     SRC is its directory. Its pickled index is read through an allow-list; no other code in it runs.
     """
-    from ckpt.importing import import_dcp
+    from ckpt.offline.importing import import_dcp
 
     with progress("importing", None, show=not as_json) as tell:
         report = import_dcp(src, run, step=step, allow_pickle=allow_pickle, progress=tell)
@@ -218,7 +218,7 @@ def prune(
     Deleted are the steps that no --keep option keeps, and leftovers of saves that never committed. Without a --keep option no committed step is deleted; with several, a step stays if any of them keeps it. The
     latest step always stays. Leftovers younger than --older-than may belong to a save that is under way, and stay.
     """
-    from ckpt.prune import carry_out, plan_prune
+    from ckpt.offline.prune import carry_out, plan_prune
 
     policies, age = _policies(keep_last, keep_every, keep_best), duration(older_than)
     backend = run_backend(run)

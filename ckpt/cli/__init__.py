@@ -1,0 +1,5 @@
+"""The command line; see main.py."""
+
+from ckpt.cli.main import cli, main
+
+__all__ = ["cli", "main"]

@@ -1,0 +1,1 @@
+"""Work on stored checkpoints, without a training job: compare, rewrite, convert, tidy up."""
