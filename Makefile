@@ -35,7 +35,7 @@ bench: setup
 	$(PY) -m benchmarks
 
 docs: setup
-	$(VENV)/bin/pdoc -d google -o docs/api ckpt
+	$(PY) docs/build.py docs/api
 
 clean:
 	rm -rf demo-out docs/api build *.egg-info .mypy_cache .ruff_cache .hypothesis
