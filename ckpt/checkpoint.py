@@ -80,7 +80,7 @@ def _box_of(key: Any, shape: tuple[int, ...], name: str) -> tuple[Box, tuple[Any
     for k, n in zip(keys, shape, strict=True):
         if isinstance(k, slice):
             picked = range(*k.indices(n))
-            lo, hi = (min(picked), max(picked) + 1) if len(picked) else (0, 0)
+            lo, hi = (min(picked[0], picked[-1]), max(picked[0], picked[-1]) + 1) if len(picked) else (0, 0)
             offset.append(lo)
             extent.append(hi - lo)
             rest.append(slice(None) if abs(picked.step) == 1 and picked.step > 0 else slice(None, None, picked.step))

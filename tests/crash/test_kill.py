@@ -7,7 +7,7 @@ from pathlib import Path
 import kills
 import pairs
 import pytest
-from conftest import Fresh
+from forks import Fresh
 
 
 def test_a_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:

@@ -331,3 +331,46 @@ def test_a_store_that_is_gone() -> None:
     del server
     with pytest.raises(PeerError, match="lost touch with the job's key-value store"):
         _number("one")(group)
+
+
+def published_although_one_failed() -> list[bytes]:
+    """What the leader published although rank 1 had nothing to give."""
+    published: list[bytes] = []
+
+    def leader(group: collective.Group) -> bytes:
+        return group.round("commit", b"mine", lambda parts: published.append(b"+".join(parts)) or b"done")
+
+    def follower(group: collective.Group) -> bytes:
+        return group.round("commit", OSError(errno.EIO, "Input/output error"), lambda _: b"")
+
+    told = together(leader, follower)
+    assert published or [str(e) for e in told] == ["rank 1: OSError: [Errno 5] Input/output error"] * 2
+    return published
+
+
+def test_without_the_errors_of_others_half_a_save_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert published_although_one_failed() == []
+    opened = collective._open
+    monkeypatch.setattr(
+        collective, "_open", lambda r, letter, name: b"" if letter[:1] == b"E" else opened(r, letter, name)
+    )
+    assert published_although_one_failed() == [b"mine+"]
+
+
+def test_without_a_settled_round_a_late_leader_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The safeguard of `test_an_abandoned_round_is_not_decided`, taken away."""
+    monkeypatch.setenv("CKPT_DEADLINE", "0.01")
+    monkeypatch.setattr(collective._StoreGroup, "_settle", lambda *_: None)
+    published, gave_up = [], threading.Event()
+
+    def leader(group: collective.Group) -> bytes:
+        assert gave_up.wait(60)
+        return group.round("commit", b"", lambda _: published.append(1) or b"done")
+
+    def follower(group: collective.Group) -> None:
+        with pytest.raises(DeadlineError):
+            group.round("commit", b"", lambda _: b"")
+        gave_up.set()
+
+    together(leader, follower)
+    assert published == [1]

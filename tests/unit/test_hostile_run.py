@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Fresh
+from forks import Fresh
 
 import ckpt
 from ckpt import catalog
@@ -60,7 +60,7 @@ def forge_manifest(run: Path, change: Callable[[Manifest], Manifest], data: byte
     forge(run, manifest=content)
 
 
-def refused(run: Path, *kinds: type[CkptError], match: str = "") -> None:
+def refused(run: Path, *kinds: type[CkptError], match: str | None = None) -> None:
     """A load, an open with verify, and a restore all refuse."""
     with pytest.raises(kinds or (FormatError, IntegrityError), match=match):
         ckpt.load(state(), run)
