@@ -10,7 +10,8 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ckpt.backends import Backend, backend_for
@@ -36,6 +37,7 @@ __all__ = [
     "list_run",
     "parse_ref",
     "resolve",
+    "with_ledger",
     "write_ledger",
 ]
 
@@ -160,7 +162,8 @@ def resolve(ref: str | os.PathLike[str]) -> tuple[Backend, Commit]:
         candidates = [s for s in [*candidates, *others] if s.step == step]
     elif parsed.which.startswith("best"):
         candidates = [s for s in candidates if s.commit is not None]
-        candidates = [best(candidates, parsed.which.partition(":")[2])] if candidates else []
+        found_steps = lineage(with_ledger(backend, listing))
+        candidates = [best(found_steps, parsed.which.partition(":")[2])] if found_steps else []
     if not candidates:
         raise NotFoundError(_nothing(parsed, listing))
     return backend, candidates[0].commit or read_commit(backend, candidates[0].folder)
@@ -317,6 +320,34 @@ def _newest(backend: Backend, path: str) -> float:
 def generations_in_use(listing: Listing) -> list[int]:
     """The generation numbers in use."""
     return [*(g.generation for g in listing.generations), *(s.generation for s in listing.steps)]
+
+
+_LEDGER = re.compile(r"g(\d{4,9})-.*\.jsonl", re.ASCII)
+_MAX_LEDGER = 64 << 20
+
+
+def with_ledger(backend: Backend, listing: Listing) -> Listing:
+    """The listing, its commits knowing also the metrics that came late: those of the ledger, the newest last.
+
+    A ledger object that cannot be read is passed over: metrics are advice, not state.
+    """
+    late: dict[tuple[int, int], dict[str, float]] = {}
+    for entry in backend.list("ledger"):
+        found = _LEDGER.fullmatch(entry.name)
+        if not found:
+            continue
+        with suppress(CkptError, ValueError, TypeError, KeyError):
+            for line in backend.fetch(f"ledger/{entry.name}", _MAX_LEDGER).splitlines():
+                row = json.loads(line)
+                metrics = {str(k): float(v) for k, v in row.items() if k != "step"}
+                late.setdefault((int(found[1]), int(row["step"])), {}).update(metrics)
+    steps = []
+    for s in listing.steps:
+        more = late.get((s.generation, s.step))
+        if s.commit is not None and more:
+            s = replace(s, commit=replace(s.commit, metrics={**s.commit.metrics, **more}))
+        steps.append(s)
+    return replace(listing, steps=tuple(steps))
 
 
 def write_ledger(backend: Backend, name: str, rows: Sequence[Mapping[str, object]]) -> None:

@@ -12,7 +12,18 @@ from types import TracebackType
 from typing import Any
 
 from ckpt.backends import Backend, backend_for
-from ckpt.catalog import Policy, delete_step, generations_in_use, kept, lineage, list_run, parse_ref, write_ledger
+from ckpt.catalog import (
+    KeepBest,
+    Policy,
+    delete_step,
+    generations_in_use,
+    kept,
+    lineage,
+    list_run,
+    parse_ref,
+    with_ledger,
+    write_ledger,
+)
 from ckpt.collective import Group, current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
@@ -208,10 +219,10 @@ class Checkpointer:
             found = self._restore_newest(options)
         else:
             self.last_load = load_ref(self._state, ref, options, self._group)
-            here = self.last_load.ref.startswith(f"{self._backend.root}/")
-            found = self.last_load.ref.rpartition("/")[2] if here else None
+            root, _, folder = self.last_load.ref.rpartition("/")
+            found = folder if os.path.realpath(root) == os.path.realpath(self._backend.root) else None
         self._open_generation(found)
-        self._step = None
+        self._step = self._saved_step = None
         return 0 if found is None or self.last_load is None else self.last_load.step + 1
 
     def _restore_newest(self, options: LoadOptions) -> str | None:
@@ -235,7 +246,15 @@ class Checkpointer:
         for g in listing.generations:
             if g.error:
                 log.error("ckpt: where generation %d came from is not known any more: %s", g.generation, g.error)
-        return [s.folder for s in lineage(listing, damaged=True)]
+        present = lineage(listing, damaged=True)
+        if listing.committed and not present:
+            log.error(
+                "ckpt: %s: its newest generation came from nowhere and saved nothing, so none of its %d checkpoints is "
+                "the present; name the one to go on from with restore(ref=...)",
+                self._backend.root,
+                len(listing.committed),
+            )
+        return [s.folder for s in present]
 
     def _open_generation(self, parent: str | None) -> None:
         def decide(_: list[bytes]) -> bytes:
@@ -270,14 +289,17 @@ class Checkpointer:
         return bool(answer)
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Keeps metrics that come late (an evaluation) in the run's ledger."""
-        self._ledger.append({"step": step, **_numbers(metrics)})
+        """Keeps metrics that come late (an evaluation) in the run's ledger; `KeepBest` and `run@best` see them."""
+        self._ledger.append({"step": int(step), **_numbers(metrics)})
         self._write_ledger()
+        self._retain()
 
     def save_now(self) -> SaveReport:
-        """Saves the last step now. Raises what `ckpt.save` raises."""
+        """Saves the last step now, unless it is saved already. Raises what `ckpt.save` raises."""
         if self._step is None:
             raise UsageError("save_now: no step was done yet; call step(n) first")
+        if self._saved_step == self._step and self.report.saves:
+            return self.report.saves[-1]
         return self._store(self._step)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -309,7 +331,7 @@ class Checkpointer:
                 self._metrics = _numbers(metrics)
             except UsageError as e:
                 log.error("ckpt: step %d: %s", step, e)
-            self._ledger.append({"step": step, **self._metrics})
+            self._ledger.append({"step": int(step), **self._metrics})
 
     def _store(self, step: int) -> SaveReport:
         """One save with its bookkeeping. A step that this generation holds already counts as saved."""
@@ -366,7 +388,10 @@ class Checkpointer:
             return
         with suppress(ConflictError):
             try:
-                for folder, keep in kept(list_run(self._backend), self._keep).items():
+                listing = list_run(self._backend)
+                if any(isinstance(p, KeepBest) for p in self._keep):
+                    listing = with_ledger(self._backend, listing)
+                for folder, keep in kept(listing, self._keep).items():
                     if not keep:
                         delete_step(self._backend, folder)
             except CkptError as e:

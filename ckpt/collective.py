@@ -117,11 +117,11 @@ class _StoreGroup:
         verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + min(5.0, deadline))
         if verdict is None:
             text = f"{name}: rank 0 gave no answer within {deadline:.0f} s; is it hanging or gone?"
-            self._settle(number, "begin", text)
+            self._settle(number, "begin", _gave_up(name, text))
             verdict = self._wait(self._key(number, "verdict"), deadline)
         if verdict is None:
             text = f"{name}: rank 0 stopped while it decided; is it hanging or gone? The run tells how far it came"
-            self._settle(number, "end", text)
+            self._settle(number, "end", _gave_up(name, text))
             verdict = self._wait(self._key(number, "verdict"), deadline)
         if verdict is None:
             raise DeadlineError(text)
@@ -136,7 +136,7 @@ class _StoreGroup:
         """Raises DeadlineError if it is a rank's giving up, and not the leader's going on, that was written first."""
         first = bytes(self._do("compare_set", self._key(number, what), "", mine))
         if first != _LEADER:
-            raise DeadlineError(first.decode())
+            raise DeadlineError(json.loads(first)["text"])
 
     def linger(self) -> None:
         """Keeps a leader that is about to exit, and may take the store with it, until its last answer was read."""
@@ -147,6 +147,7 @@ class _StoreGroup:
 
     def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:
         self._unread = -1
+        number = self._catch_up(number, name)
         end = time.monotonic() + deadline
         letters = [_letter(name, payload)]
         late = []
@@ -180,6 +181,19 @@ class _StoreGroup:
         self._forget(number - 2)
         return answers[0]
 
+    def _catch_up(self, number: int, name: str) -> int:
+        """Passes rounds that the leader missed and the others gave up waiting for, as a late rank does."""
+        while self._do("check", [self._key(number, "begin")]):
+            first = bytes(self._do("get", self._key(number, "begin")))
+            told = {} if first == _LEADER else json.loads(first)
+            if told.get("name") in (None, name):
+                break
+            verdict = {"name": told["name"], "kind": DeadlineError.kind, "message": told["text"]}
+            self._do("set", self._key(number, "verdict"), json.dumps(verdict))
+            number += 1
+            self._next = number + 1
+        return number
+
     def _read(self, number: int, verdict: bytes) -> bytes:
         told = json.loads(verdict)
         if "kind" in told:
@@ -204,6 +218,10 @@ class _StoreGroup:
         except Exception:  # a timeout: DistStoreError, or RuntimeError in older versions of torch
             return None
         return bytes(self._do("get", key))
+
+
+def _gave_up(name: str, text: str) -> str:
+    return json.dumps({"name": name, "text": text})
 
 
 def _is_timeout(e: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,6 @@ class Memory:
     """What the leader keeps from save to save: the claims of all ranks and the plan made of them."""
 
     claims: dict[int, Claims] = field(default_factory=dict)
-    digests: frozenset[str] = frozenset()
     plan: Plan | None = None
     plan_key: str = ""
 
@@ -73,9 +73,8 @@ class Leader:
         key = _plan_key(claims)
         if memory.plan is None or memory.plan_key != key:
             try:
-                memory.plan = merge(claims, memory.digests)
+                memory.plan = merge(claims)
             except NeedDigests as e:
-                memory.digests |= set(e.names)
                 return [encode({"digests": list(e.names)})] * self.world
             memory.plan_key = key
         self.objects, undeclared = _merge_objects([h["objects"] for h in heads])
@@ -178,7 +177,7 @@ def _merge_objects(rows: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Object
     undeclared = []
     for name, owners in sorted(held.items()):
         first = owners[0][1]
-        equal = all((o.encoding, o.text) == (first.encoding, first.text) for _, o in owners)
+        equal = all(_same(o, first) for _, o in owners)
         if len({o.policy for _, o in owners}) > 1 and first.policy in (AUTO, REPLICATED):
             raise LayoutError(f"object {name!r} is declared differently on ranks {[r for r, _ in owners][:8]}")
         if first.policy == REPLICATED and not equal:
@@ -195,6 +194,15 @@ def _merge_objects(rows: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Object
         else:
             out += _by_coordinate(name, owners)
     return out, undeclared
+
+
+def _same(a: ObjectLeaf, b: ObjectLeaf) -> bool:
+    """Equal values; the order in which a dict was filled does not count."""
+    if (a.encoding, a.text) == (b.encoding, b.text):
+        return True
+    return a.encoding == b.encoding == "json" and json.dumps(json.loads(a.text), sort_keys=True) == json.dumps(
+        json.loads(b.text), sort_keys=True
+    )
 
 
 def _by_coordinate(name: str, owners: Sequence[tuple[int, ObjectLeaf]]) -> list[ObjectEntry]:

@@ -88,6 +88,7 @@ def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions,
     try:
         with no_collection():
             stats = _read(backend, folder, plan)
+        backend.close()  # an open file would keep a pack that retention deletes
         payload = b""
     except Exception as e:
         payload = e
@@ -153,6 +154,8 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
 
 def _read(backend: Backend, folder: str, plan: Matching) -> ReadStats:
     """Reads everything in place; what cannot be (another device or dtype) by way of 64 MiB of memory. Then the values."""
+    for action in plan.begin:
+        action()
     direct: list[Target] = []
     staged: list[tuple[int, Any, torch.Tensor]] = []
     for wanted in plan.tensors.values():

@@ -11,7 +11,7 @@ import torch
 from ckpt.errors import UsageError
 from ckpt.shards import Held, like
 
-__all__ = ["Owner", "for_owner", "group_hyper", "group_table", "named_state", "new_state", "regroup"]
+__all__ = ["Owner", "for_owner", "group_clashes", "group_hyper", "group_table", "named_state", "new_state", "regroup"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Owner:
     start: int | None = None
     stop: int | None = None
 
+
+_NAMES = ("params", "param_names")  # who is in a group, not how it is stepped
 
 Owners = Mapping[int, tuple[Owner, ...]]
 """id(parameter) -> the named parameters in it."""
@@ -69,7 +71,7 @@ def group_table(key: str, optimizer: torch.optim.Optimizer, owners: Owners) -> l
     return [
         {
             "params": [o.name for p in group["params"] for o in _owners(key, p, owners)],
-            "hyper": {k: _plain(key, k, v) for k, v in group.items() if k != "params"},
+            "hyper": {k: _plain(key, k, v) for k, v in group.items() if k not in _NAMES},
         }
         for group in optimizer.param_groups
     ]
@@ -87,29 +89,43 @@ def _plain(key: str, name: str, value: Any) -> Any:
 
 def group_hyper(tables: list[list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Parameter name -> its hyper-parameters, from the group tables of all ranks that stored one."""
-    return {name: group["hyper"] for table in tables for group in table for name in group["params"]}
+    return {
+        name: {k: v for k, v in group["hyper"].items() if k not in _NAMES}
+        for table in tables
+        for group in table
+        for name in group["params"]
+    }
 
 
-def regroup(
+def group_clashes(
     key: str, optimizer: torch.optim.Optimizer, owners: Owners, saved: Mapping[str, dict[str, Any]]
 ) -> Iterator[str]:
-    """Gives every group the hyper-parameters its parameters were saved with; yields what stands against it."""
+    """Groups whose parameters were saved with different hyper-parameters, in words."""
     for i, group in enumerate(optimizer.param_groups):
-        names = [o.name for p in group["params"] for o in _owners(key, p, owners)]
-        found = [(n, saved[n]) for n in names if n in saved]
-        if not found:
-            continue
-        first, hyper = found[0]
-        other = next((n for n, h in found if h != hyper), None)
-        if other is not None:
-            diff = sorted(k for k in hyper if hyper[k] != saved[other].get(k))
-            yield f"group {i} of {key!r} holds {first!r} and {other!r}, which were saved with different {', '.join(diff)}"
-            continue
-        for k, v in hyper.items():
+        found = _saved_in(key, group, owners, saved)
+        for name, hyper in found[1:]:
+            first, other = found[0]
+            if hyper != other:
+                diff = ", ".join(sorted(k for k in {*hyper, *other} if hyper.get(k) != other.get(k)))
+                yield f"group {i} of {key!r} holds {first!r} and {name!r}, which were saved with different {diff}"
+                break
+
+
+def regroup(key: str, optimizer: torch.optim.Optimizer, owners: Owners, saved: Mapping[str, dict[str, Any]]) -> None:
+    """Gives every group the hyper-parameters its parameters were saved with."""
+    for group in optimizer.param_groups:
+        for k, v in next(iter(_saved_in(key, group, owners, saved)), ("", {}))[1].items():
             if isinstance(group.get(k), torch.Tensor):
                 group[k].fill_(v)
             else:
                 group[k] = v
+
+
+def _saved_in(
+    key: str, group: Mapping[str, Any], owners: Owners, saved: Mapping[str, dict[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    names = [o.name for p in group["params"] for o in _owners(key, p, owners)]
+    return [(n, saved[n]) for n in names if n in saved]
 
 
 def new_state(p: torch.Tensor, owner: Owner, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

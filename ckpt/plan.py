@@ -143,11 +143,11 @@ class _Table:
         return found
 
 
-def merge(claims: Sequence[Claims], digested: frozenset[str] = frozenset()) -> Plan:
+def merge(claims: Sequence[Claims]) -> Plan:
     """Merges the claims of all ranks (in rank order) into a plan. The same claims give the same plan.
 
     Raises LayoutError, naming tensors and ranks, when claims contradict each other, overlap or leave holes;
-    NeedDigests when copies can only be recognised by content, for tensors not in `digested`.
+    NeedDigests when copies can only be recognised by content that the claims do not carry.
     """
     heads = {text: json.loads(text) for text in {c.head for c in claims}}
     rows = [heads[c.head] for c in claims]
@@ -171,7 +171,8 @@ def merge(claims: Sequence[Claims], digested: frozenset[str] = frozenset()) -> P
         else:
             _check_same(name, rows, held)
             meshes = {rows[r][i][5] for r, i in held}
-            if first[4] == MESH and len(meshes) > 1 and name not in digested:
+            unknown = any(int(claims[r].digest[i]) == 0 for r, i in held)
+            if first[4] == MESH and len(meshes) > 1 and unknown:
                 wanted.append(name)
             t = table.add(spec)
             if first[4] == SHARD or len(meshes) > 1:

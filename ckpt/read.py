@@ -250,26 +250,22 @@ def _run_all(jobs: Sequence[_Job], threads: int, progress: Callable[[int], None]
     lock = threading.Lock()
 
     def work() -> None:
-        scratch = np.empty(_SCRATCH, dtype=np.uint8)
-        while not failed:
-            i = next(turn)
-            if i >= len(jobs):
-                return
-            try:
+        try:
+            scratch = np.empty(_SCRATCH, dtype=np.uint8)
+            while not failed and (i := next(turn)) < len(jobs):
                 _run(jobs[i], scratch)
-            except BaseException as e:
-                failed.append(e)
-                return
-            if progress is not None:
-                with lock:
-                    progress(jobs[i].stop - jobs[i].start)
+                if progress is not None:
+                    with lock:
+                        progress(jobs[i].stop - jobs[i].start)
+        except BaseException as e:
+            failed.append(e)
 
     if threads <= 1 or len(jobs) < 4:
         work()
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-read") as pool:
-            for _ in range(threads):
-                pool.submit(work)
+            for future in [pool.submit(work) for _ in range(threads)]:
+                future.result()
     if failed:
         raise failed[0]
 

@@ -189,7 +189,7 @@ def _dtensor(name: str, value: Any) -> Held:
     cuts = _cuts(shape, value.device_mesh, tuple(value.placements))
     if isinstance(cuts, str):
         raise LayoutError(f"tensor {name!r}: {cuts}")
-    if not cuts and shape:
+    if cuts is None:
         return Held(kind, shape, (), MESH, scope)
     expected = tuple(sum(b - a for a, b in runs) for runs in cuts)
     if expected != tuple(local.shape):
@@ -201,12 +201,12 @@ _Cuts = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @lru_cache(maxsize=4096)
-def _cuts(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> _Cuts | str:
-    """The runs of indices that this rank holds along each dimension; () if it is not part of the mesh, or what
+def _cuts(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> _Cuts | str | None:
+    """The runs of indices that this rank holds along each dimension; None if it is not part of the mesh, or what
     stands against it."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return ()
+        return None
     cuts: list[list[tuple[int, int]]] = [[(0, n)] for n in shape]
     for size, index, placement in zip(mesh.shape, coordinate, placements, strict=True):
         if placement.is_replicate():

@@ -96,6 +96,7 @@ def collect(state: Any) -> Leaves:
                     leaves.add_object(leaf, part, AUTO)
             leaves.add_object(f"{name}.groups", group_table(name, value, owners), AUTO)
         elif is_tensor(value):
+            _check_policy(name, policy)
             leaves.add_tensor(name, value)
         elif isinstance(value, Stateful):
             _collect_stateful(leaves, name, value, policy)
@@ -235,15 +236,26 @@ def _collect_stateful(leaves: Leaves, key: str, value: Stateful, policy: str) ->
 
 def _collect_stateful_value(leaves: Leaves, name: str, value: Any, policy: str) -> None:
     if is_tensor(value):
+        _check_policy(name, policy)
         leaves.add_tensor(name, value)
         return
 
     def take(path: str, leaf: Any) -> bool:
         if is_tensor(leaf):
+            _check_policy(path, policy)
             leaves.add_tensor(path, leaf)
         return is_tensor(leaf)
 
     leaves.add_object(name, value, policy, take)
+
+
+def _check_policy(name: str, policy: str) -> None:
+    """Tensors say by their placement, or by their content, what they share; a value's scope is not for them."""
+    if policy not in (AUTO, RANK):
+        raise UsageError(
+            f"tensor {name!r} is wrapped in ckpt.Replicated or ckpt.PerCoordinate, which are for values; "
+            "declare a tensor with ckpt.Shard, or make it a DTensor"
+        )
 
 
 def owners_of(state: Any) -> dict[int, tuple[Owner, ...]]:

@@ -17,7 +17,7 @@ from ckpt.collective import Group
 from ckpt.errors import FormatError, MismatchError
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.objects import decode_object
-from ckpt.optim import Owner, for_owner, group_hyper, new_state, regroup
+from ckpt.optim import Owner, for_owner, group_clashes, group_hyper, new_state, regroup
 from ckpt.shards import Held, hold, is_tensor, parts
 from ckpt.state import AUTO, Stateful, module_leaves, owners_of, walk
 
@@ -67,8 +67,8 @@ class Wanted:
 
 
 class Matching:
-    """One rank's walk over a state for a load: collects what to read and what to do afterwards. Nothing is changed
-    before `run`, except that missing optimizer state and meta tensors get memory."""
+    """One rank's walk over a state for a load: collects what to read and what to do before and after. It changes
+    nothing, except that meta tensors which the checkpoint holds get memory."""
 
     def __init__(self, manifest: Manifest, options: LoadOptions, group: Group) -> None:
         self.manifest, self.options, self.group = manifest, options, group
@@ -79,7 +79,10 @@ class Matching:
         self.elsewhere: dict[str, list[str]] = {}  # variant taken in place of this rank's own -> names
         self.tolerated: list[str] = []
         self.problems: dict[str, list[str]] = {}
+        self.begin: list[Callable[[], None]] = []  # once all ranks agreed, before anything is read
         self.finish: list[Callable[[], None]] = []
+        self._made: dict[tuple[int, str], torch.Tensor] = {}
+        self._new: dict[str, torch.Tensor] = {}
         self._objects: dict[str, list[ObjectEntry]] = {}
         for o in manifest.objects:
             self._objects.setdefault(o.name, []).append(o)
@@ -152,9 +155,9 @@ class Matching:
     # The walk.
 
     def visit(self, state: Any) -> None:
-        modules = [(key, value) for key, value, _, _ in walk(state) if isinstance(value, nn.Module)]
-        for key, module in modules:
-            _give_memory(module, key, self.options)
+        for key, value, _, _ in walk(state):
+            if isinstance(value, nn.Module):
+                self._give_memory(key, value)
         owners = owners_of(state)
         for name, value, policy, setter in walk(state):
             if isinstance(value, nn.Module):
@@ -165,12 +168,33 @@ class Matching:
                 self._tensor(name, value)
             elif isinstance(value, Stateful):
                 self._stateful(name, value, policy)
-            elif setter is not None and self.options.wants(name):
+            elif setter is None:
+                if self.options.wants(name):
+                    self._problem("in a tuple, which cannot be changed (use a list)", name)
+            elif self.options.wants(name):
                 entry = self._object(self.options.stored_name(name), policy)
                 if entry is None:
                     self._missing(name)
                 else:
                     self._later(setter, entry)
+
+    def _give_memory(self, key: str, module: nn.Module) -> None:
+        """Gives CPU memory to what a module has on the meta device and the checkpoint holds. The tensors keep their
+        identity, so optimizers that hold them still do. Buffers that are never stored are named in the error."""
+        for owner in module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.is_meta and name in owner._non_persistent_buffers_set:
+                    raise MismatchError(
+                        f"buffer {name!r} is on the meta device but not part of the state; initialise it before loading"
+                    )
+        for name, _, _, tensor in module_leaves(module):
+            full = f"{key}.{name}"
+            if tensor is None or not tensor.is_meta or not self.options.wants(full):
+                continue
+            if self._find(self.options.stored_name(full)) is not None:
+                new = torch.empty_like(tensor, device="cpu")
+                new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
     def _later(self, setter: Callable[[Any], None], entry: ObjectEntry) -> None:
         value = self._decode(entry, self._fresh if '"$":"tensor"' in entry.value else None)
@@ -183,6 +207,9 @@ class Matching:
             index = self._find(self.options.stored_name(inner_name))
             if index is None:
                 self._missing(inner_name)
+                continue
+            if isinstance(inner, torch.Tensor) and (inner.is_conj() or inner.is_neg()):
+                self._problem("not in memory as they are", f"{inner_name} (a conjugate or negative view)")
                 continue
             held = inner if isinstance(inner, Held) else hold(inner_name, inner)
             spec = self.manifest.tensors[index]
@@ -198,6 +225,8 @@ class Matching:
 
     def _fresh(self, stored_name: str) -> torch.Tensor:
         """A new tensor for a stored one that the state has no place for (inside a value)."""
+        if stored_name in self._new:
+            return self._new[stored_name]
         index = self._find(stored_name)
         if index is None:
             raise MismatchError(f"the checkpoint speaks of tensor {stored_name!r} but does not hold it")
@@ -207,6 +236,7 @@ class Matching:
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         except RuntimeError as e:
             raise FormatError(f"tensor {stored_name!r} of {spec.nbytes} bytes does not fit into memory ({e})") from None
+        self._new[stored_name] = tensor
         self.tensors[f"{stored_name} (new)"] = Wanted(index, hold(stored_name, tensor))
         return tensor
 
@@ -241,6 +271,8 @@ class Matching:
         elif first in self.tensors and self.tensors[first].index != index:
             self.remarks.append(f"{name!r} is tied to {first!r} in the state but stored apart; {first!r} was taken")
             self.tensors[f"{name} (tied)"] = Wanted(index, Held("", (), (), ""))
+        elif first not in self.tensors:
+            self._tensor(name, tensor)
 
     def _value(self, name: str, setter: Callable[[Any], None]) -> None:
         """One value of a `Stateful`, with the tensors inside it."""
@@ -255,11 +287,21 @@ class Matching:
     def _optimizer(self, key: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[Owner, ...]]) -> None:
         """Parameters that were saved without state end without state: an optimizer before its first step, or a
         parameter that never had a gradient, resumes as it was."""
-        if self.options.only is not None and not any(
-            p == key or p.startswith(f"{key}.") or "*" in p for p in self.options.only
-        ):
-            return
         stored = self.options.stored_name(key)
+        states = self._state_names(stored)
+        wanted, saved_as = [], {}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for owner in owners.get(id(p), ()):
+                prefix = f"{key}.state.{owner.name}"
+                saved = self.options.stored_name(prefix).removeprefix(f"{stored}.state.")
+                names = states.get(saved, {})
+                saved_as[owner.name] = saved
+                all_names = [prefix, *(f"{prefix}.{n}" for n in (*names, *optimizer.state.get(p, ())))]
+                if any(self.options.wants(n) for n in all_names):
+                    wanted.append((p, owner, saved, names))
+        wants_groups = self.options.wants(f"{key}.groups")
+        if not wanted and not wants_groups:
+            return
         self.strict.add(stored)
         tables = [self._decode(e) for e in self._objects.get(f"{stored}.groups", [])]
         if not tables:
@@ -267,21 +309,19 @@ class Matching:
             return
         self.used_objects.add(f"{stored}.groups")
         hyper = group_hyper(tables)
-        by_param = self._state_names(stored)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for owner in owners.get(id(p), ()):
-                    if owner.name not in hyper:
-                        self._missing(f"{key}.state.{owner.name}")
-                        continue
-                    self._parameter_state(key, stored, optimizer, p, owner, by_param.get(owner.name, {}))
-
-        def apply() -> None:
-            problems = list(regroup(key, optimizer, owners, hyper))
-            if problems:
-                raise MismatchError("; ".join(problems))
-
-        self.finish.append(apply)
+        with_state = {id(p) for p, _, _, names in wanted if names}
+        for p, owner, saved, names in wanted:
+            if saved not in hyper:
+                self._missing(f"{key}.state.{owner.name}")
+            elif names:
+                self._parameter_state(key, optimizer, p, owner, names)
+            elif id(p) not in with_state:
+                self.finish.append(lambda p=p: optimizer.state.pop(p, None) and None)  # type: ignore[misc]
+        if wants_groups:
+            here = {name: hyper[saved] for name, saved in saved_as.items() if saved in hyper}
+            for problem in group_clashes(key, optimizer, owners, here):
+                self._problem("of groups that cannot be joined", problem)
+            self.finish.append(lambda: regroup(key, optimizer, owners, here))
 
     def _state_names(self, stored: str) -> dict[str, dict[str, str]]:
         """Parameter -> {state name: stored leaf}, for one optimizer."""
@@ -295,23 +335,13 @@ class Matching:
         return out
 
     def _parameter_state(
-        self,
-        key: str,
-        stored: str,
-        optimizer: torch.optim.Optimizer,
-        p: torch.Tensor,
-        owner: Owner,
-        names: Mapping[str, str],
+        self, key: str, optimizer: torch.optim.Optimizer, p: torch.Tensor, owner: Owner, names: Mapping[str, str]
     ) -> None:
+        """The state of one parameter. What it lacks is made, and given to the optimizer once all ranks agreed."""
         prefix = f"{key}.state.{owner.name}"
-        if not names:
-            self.finish.append(lambda: optimizer.state.pop(p, None) and None)
-            return
-        if owner.held is not None and not owner.held.pieces and not optimizer.state.get(p):
+        state = optimizer.state.get(p, {})
+        if owner.held is not None and not owner.held.pieces and not state:
             return  # a flat parameter of which nothing is here
-        if not self.options.wants(prefix) and not any(self.options.wants(f"{prefix}.{n}") for n in names):
-            return
-        state = optimizer.state[p]
         for name in state:
             if name not in names and is_tensor(state[name]):
                 self._missing(f"{prefix}.{name}")
@@ -319,25 +349,28 @@ class Matching:
             index = self._find(leaf)
             if index is None:
                 entry = self._object(leaf)
-                if entry is not None:
+                if entry is not None and self.options.wants(f"{prefix}.{name}"):
                     value = self._decode(entry)
-                    self.finish.append(lambda n=name, v=value: state.__setitem__(n, v))  # type: ignore[misc]
+                    self.finish.append(lambda n=name, v=value: optimizer.state[p].__setitem__(n, v))  # type: ignore[misc]
                 continue
-            if not isinstance(state.get(name), torch.Tensor):
+            tensor = state.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                tensor = self._made.get((id(p), name))
+            if tensor is None:
                 spec = self.manifest.tensors[index]
                 flat = owner.held is not None and spec.shape == owner.held.shape
-                shape = tuple(p.shape) if flat else spec.shape
-                state[name] = new_state(p, owner, shape, getattr(torch, spec.dtype))
-            self._tensor(f"{prefix}.{name}", for_owner(owner, f"{prefix}.{name}", p, state[name]))
+                tensor = new_state(p, owner, tuple(p.shape) if flat else spec.shape, getattr(torch, spec.dtype))
+                self._made[id(p), name] = tensor
+                self.begin.append(lambda n=name, t=tensor: optimizer.state[p].__setitem__(n, t))  # type: ignore[misc]
+            self._tensor(f"{prefix}.{name}", for_owner(owner, f"{prefix}.{name}", p, tensor))
 
     def _stateful(self, key: str, value: Stateful, policy: str) -> None:
         """Rebuilds the state_dict that was saved: tensors into the target's own where they fit, values decoded."""
         stored = self.options.stored_name(key)
-        if not self.options.wants(key) and not (
-            self.options.only and any(p.startswith(key) for p in self.options.only)
-        ):
+        below = [p for p in self.options.only or () if p.startswith(f"{key}.")]
+        if not self.options.wants(key) and not below:
             return
-        whole = self._object(stored, policy)
+        whole = self._object(stored, policy) if self.options.wants(key) else None
         if whole is not None:
             content = self._decode(whole, self._fresh)
             self.finish.append(lambda: value.load_state_dict(content))
@@ -356,13 +389,17 @@ class Matching:
         for name, tensor in own.items():
             self._tensor(f"{key}.{name}", tensor)
             out[name] = tensor
-        if not own:
-            for spec in self.manifest.tensors:
-                if spec.name.startswith(prefix) and not any(spec.name.startswith(i) for i in inner):
-                    out.setdefault(spec.name[len(prefix) :], self._fresh(spec.name))
+        stored_tensors = dict.fromkeys(t.name for t in self.manifest.tensors if t.name.startswith(prefix))
+        extra = [n for n in stored_tensors if n[len(prefix) :] not in out and not any(n.startswith(i) for i in inner)]
+        extra = [n for n in extra if self.options.wants(f"{key}.{n[len(prefix) :]}")]
+        if own and extra:  # the tensors of other pipeline stages, or what this object no longer has
+            self.remarks.append(f"{key!r} has no place for {', '.join(extra[:8])}: not loaded")
+        for name in () if own else extra:
+            out[name[len(prefix) :]] = self._fresh(name)
         for name in mine:
             if name not in out and name not in own:
-                self._missing(f"{key}.{name}")
+                if self.options.wants(f"{key}.{name}"):
+                    self._missing(f"{key}.{name}")
                 out[name] = mine[name]
         if not out and not mine:
             return
@@ -373,19 +410,3 @@ class Matching:
 def _rank_of(variant: str) -> int:
     digits = variant.removeprefix("rank=")
     return int(digits) if digits.isdecimal() else 0
-
-
-def _give_memory(module: nn.Module, key: str, options: LoadOptions) -> None:
-    """Gives CPU memory to what a module has on the meta device. The tensors keep their identity, so optimizers that
-    hold them still do. Buffers that are not stored cannot be loaded: they are named in the error."""
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_meta and name in owner._non_persistent_buffers_set:
-                raise MismatchError(
-                    f"buffer {name!r} is on the meta device but not part of the state; initialise it before loading"
-                )
-    for name, _, _, tensor in module_leaves(module):
-        if tensor is not None and tensor.is_meta and options.wants(f"{key}.{name}"):
-            new = torch.empty_like(tensor, device="cpu")
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-            torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]

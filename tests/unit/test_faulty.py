@@ -120,16 +120,14 @@ Save = Callable[..., FaultyBackend]
 
 
 @pytest.fixture
-def save(monkeypatch: pytest.MonkeyPatch) -> Save:
+def save() -> Save:
     """Saves a step of a run through a backend with these faults; returns that backend. Raises what the save does."""
 
     def run(run: Path, step: int, *faults: Fault) -> FaultyBackend:
         backend = FaultyBackend(LocalBackend(str(run)), faults)
-        monkeypatch.setattr("ckpt.checkpointer.backend_for", lambda *_, **__: backend)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ckpt.checkpointer.backend_for", lambda *_, **__: backend)
             ckpt.save(state(step), run, step=step)
-        finally:
-            monkeypatch.undo()
         return backend
 
     return run
@@ -214,3 +212,24 @@ def test_a_prune_that_fails_half_way_goes_on_the_next_time(tmp_path: Path, save:
     catalog.delete_tree(local, left)
     assert catalog.leftovers(local, catalog.list_run(local), 0) == [] and committed(run) == [1]
     assert not (run / left).exists()
+
+
+@pytest.mark.parametrize("what", ["error", "torn"])
+def test_an_error_in_any_writer_thread(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A pack of several buffers, on two threads and two buffers: no failure is lost, and no buffer is."""
+    monkeypatch.setenv("CKPT_BUFFER_MIB", "1")
+    monkeypatch.setenv("CKPT_BUFFERS", "2")
+    monkeypatch.setenv("CKPT_WRITERS", "2")
+    large = {"large": torch.arange(5 * 2**18 + 7)}
+    monkeypatch.setitem(globals(), "state", lambda version: {**large, "note": version})
+    writes = sum(verb == "write" for verb, _ in save(tmp_path / "count", 0).calls)
+    assert writes > 8
+    for nth in range(1, writes + 1):
+        with pytest.raises(StorageError, match="a fault was planned here"):
+            save(tmp_path / "run", nth, Fault("write", what, nth=nth))
+        assert not list((tmp_path / "run").rglob("*.safetensors"))
+    for step in range(3):
+        save(tmp_path / "run", step)
+    target = {"large": torch.zeros_like(large["large"]), "note": None}
+    ckpt.load(target, tmp_path / "run")
+    assert torch.equal(target["large"], large["large"]) and target["note"] == 2
