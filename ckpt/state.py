@@ -10,7 +10,7 @@ it in the same way: the names are the same on both sides, whatever the paralleli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -131,10 +131,9 @@ def walk(
                 raise UsageError(f"key {key!r} under {path or 'the state'}: use a string or a whole number")
             yield from walk(value, _join(path, key), policy, _into(state, key))
     elif isinstance(state, (list, tuple)) and _holds_parts(state):
+        parent, content = (setter, list(state)) if isinstance(state, tuple) else (None, state)
         for i, value in enumerate(state):
-            yield from walk(
-                value, _join(path, i), policy, _into(state, i) if isinstance(state, MutableSequence) else None
-            )
+            yield from walk(value, _join(path, i), policy, _into(content, i, parent, type(state)))
     elif not path:
         raise UsageError("a state is a dict such as {'model': model, 'optimizer': optimizer}")
     else:
@@ -142,9 +141,13 @@ def walk(
         yield path, state, scope if scope and policy == AUTO else policy, setter
 
 
-def _into(container: Any, key: Any) -> Setter:
+def _into(container: Any, key: Any, parent: Setter | None = None, kind: type = dict) -> Setter:
+    """Puts a value where it was found. A tuple is made anew from `container`, a list, and put into its `parent`."""
+
     def put(value: Any) -> None:
         container[key] = value
+        if parent is not None:
+            parent(kind._make(container) if hasattr(kind, "_make") else kind(container))
 
     return put
 

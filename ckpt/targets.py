@@ -168,10 +168,7 @@ class Matching:
                 self._tensor(name, value)
             elif isinstance(value, Stateful):
                 self._stateful(name, value, policy)
-            elif setter is None:
-                if self.options.wants(name):
-                    self._problem("in a tuple, which cannot be changed (use a list)", name)
-            elif self.options.wants(name):
+            elif setter is not None and self.options.wants(name):
                 entry = self._object(self.options.stored_name(name), policy)
                 if entry is None:
                     self._missing(name)

@@ -119,8 +119,8 @@ def test_a_nested_state_comes_back_through_dcp_and_through_ckpt(tmp_path: Path) 
     same(state, target)
     own = blank(state) | {"pair": (0, torch.zeros(3, dtype=torch.int64))}
     own["optim"]["param_groups"] = None
-    ckpt.load(own, tmp_path / "run")
-    own["pair"] = (1, own["pair"][1])  # a tuple cannot be changed in place
+    ckpt.load(own, tmp_path / "run", allow_missing=["pair.0"])
+    own["pair"] = (1, own["pair"][1])  # torch flattens dicts and lists; a tuple reaches a storage as one value
     same(state, own)
 
 
