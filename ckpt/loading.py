@@ -21,7 +21,7 @@ from ckpt.backends import Backend, backend_for
 from ckpt.catalog import resolve
 from ckpt.collective import Group
 from ckpt.commit import Commit, read_commit, read_manifest
-from ckpt.config import no_collection, settings
+from ckpt.config import settings, undisturbed
 from ckpt.errors import MismatchError
 from ckpt.format.dtypes import dtype
 from ckpt.read import Target, read_targets
@@ -86,7 +86,7 @@ def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions,
     assert commit is not None and plan is not None
     stats = ReadStats()
     try:
-        with no_collection():
+        with undisturbed():
             stats = _read(backend, folder, plan)
         backend.close()  # an open file would keep a pack that retention deletes
         payload = b""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ckpt.backends import Backend
 from ckpt.collective import Group, decode, encode
 from ckpt.commit import step_folder
-from ckpt.config import Settings, no_collection, settings
+from ckpt.config import Settings, settings, undisturbed
 from ckpt.errors import LayoutError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
@@ -131,7 +131,7 @@ def save_state(
             work = _prepare(planner, assignment, leaves, codecs)
             if work.pieces:
                 sources = [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
-                with no_collection():
+                with undisturbed():
                     report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
             payload = encode_report(report)
         except Exception as e:

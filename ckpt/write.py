@@ -27,6 +27,7 @@ from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
 __all__ = ["PackReport", "Ring", "Source", "write_pack"]
 
 Bytes = npt.NDArray[np.uint8]
+_COPY = 1 << 20
 
 
 class Ring:
@@ -145,20 +146,24 @@ def _stream_data(layout: PackLayout, sources: Sequence[Source], stream: _Stream)
     row = 0
     for piece, index in zip(layout.pieces, layout.order.tolist(), strict=True):
         source = sources[index]
-        coder = piece.codec.make() if piece.codec else None
-        total = 0
-        for start in range(0, source.nbytes, BLOCK):
-            n = min(BLOCK, source.nbytes - start)
-            if coder is None:
-                table[row, 0] = stream.copy(source, start, n)
-            else:
-                source.into(start, scratch[:n])
-                coded = np.frombuffer(coder.encode(scratch[:n]), dtype=np.uint8)
-                stream.put(coded)
-                table[row, 0], n = crc32c(coded), len(coded)
+        if piece.codec is None:
+            crcs = stream.copy(source)
+            table[row : row + len(crcs), 0] = crcs
             if layout.entry == 8:
-                table[row, 1] = n
-            total += n
+                table[row : row + len(crcs), 1] = [
+                    min(BLOCK, source.nbytes - at) for at in range(0, source.nbytes, BLOCK)
+                ]
+            row += len(crcs)
+            lengths.append(source.nbytes)
+            continue
+        coder, total = piece.codec.make(), 0
+        for start in range(0, source.nbytes, BLOCK):
+            raw = scratch[: min(BLOCK, source.nbytes - start)]
+            source.into(start, raw)
+            coded = np.frombuffer(coder.encode(raw), dtype=np.uint8)
+            stream.put(coded)
+            table[row] = crc32c(coded), len(coded)
+            total += len(coded)
             row += 1
         lengths.append(total)
     return lengths, table.reshape(-1).view(np.uint8)
@@ -174,15 +179,27 @@ class _Stream:
         self._pending: list[Future[None]] = []
         self._error: list[BaseException] = []
 
-    def copy(self, source: Source, start: int, n: int) -> int:
-        """Copies part of a source and returns its CRC32C, taken right after each copy."""
-        crc = 0
-        while n:
-            room = self._room(n)
-            source.into(start, room)
-            crc = crc32c(room, crc)
-            start, n = start + len(room), n - len(room)
-        return crc
+    def copy(self, source: Source) -> list[int]:
+        """Copies a source and returns the CRC32C of its blocks, taken right after each copy.
+
+        A copy is several blocks long: while it runs, the interpreter's lock is free for long enough that a writer
+        thread which waits for it gets it, and the disk its next buffer.
+        """
+        out: list[int] = []
+        at = crc = 0
+        while at < source.nbytes:
+            room = self._room(min(_COPY, source.nbytes - at))
+            source.into(at, room)
+            done = 0
+            while done < len(room):
+                n = min(BLOCK - (at + done) % BLOCK, len(room) - done)
+                crc = crc32c(room[done : done + n], crc)
+                done += n
+                if (at + done) % BLOCK == 0 or at + done == source.nbytes:
+                    out.append(crc)
+                    crc = 0
+            at += len(room)
+        return out
 
     def put(self, data: Bytes) -> None:
         at = 0
