@@ -7,8 +7,8 @@ save, on all ranks and with one cause, and the next save works.
 
 A rank that comes late to a round takes its verdict; one that missed a round (it raised before it came to it, and is
 at another one now) finds that round decided and goes on to the next one.
-A leader that comes back after the others gave up finds its round abandoned: before it decides, and before it tells
-what it decided, whoever writes first, the leader or a rank that waited long enough, has settled it for all.
+A leader that comes back after the others gave up finds its round abandoned: of what lets it decide, and of the verdict
+itself, whoever writes first, the leader or a rank that waited long enough, has settled it for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,10 +67,19 @@ class Solo:
 
 _LEADER = b"the leader goes on"
 _LINGER = 10.0
+_INLINE = 1024  # bytes of an answer that travel with the verdict
+_AT_ONCE = 256
+_SWEEP = 64
 
 
 class _StoreGroup:
-    """Ranks that share a torch key-value store."""
+    """Ranks that share a torch key-value store.
+
+    Keys of round n: `<rank>`, a letter; "begin", what settles whether the leader may decide; "verdict", which ends the
+    round for all, whoever writes it first; "answer" or "answer-<rank>", what does not fit into the verdict; "reads"
+    and "read", whether everybody knows. Letters and answers are dropped two rounds later; verdicts stay: they are how
+    a late rank learns that a round is over.
+    """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -80,6 +88,8 @@ class _StoreGroup:
         self._prefix = f"ckpt/{(self._do('add', 'ckpt/ranks', 1) - 1) // world}"
         self._next = 0
         self._unread = -1  # the leader's last round, until every rank is known to have read it
+        self._large: list[list[str]] = []  # keys of the last rounds with content worth dropping
+        self._small: list[str] = []
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self.may_hold_the_store = rank == 0 and type(store).__name__ == "TCPStore"
@@ -103,125 +113,149 @@ class _StoreGroup:
         """See `Group.round`."""
         if self.rank != 0:
             while self._do("check", [self._key(self._next, "verdict")]):
-                told = json.loads(bytes(self._do("get", self._key(self._next, "verdict"))))
+                verdict = bytes(self._do("get", self._key(self._next, "verdict")))
                 self._next += 1
-                if told.get("name") == name:
-                    raise from_wire(told["kind"], told["message"])
+                if verdict[:1] == b"E" and json.loads(verdict[1:])["name"] == name:
+                    raise _error(verdict)
         number = self._next
         self._next += 1
         deadline = settings().deadline
         if self.rank == 0:
             return self._lead(number, name, payload, decide, deadline)
-        self._do("set", self._key(number, str(self.rank)), _letter(name, payload))
-        # The leader answers within its own deadline; the margin lets its verdict, which names the culprit, win.
-        verdict = self._wait(self._key(number, "verdict"), deadline * 1.5 + min(5.0, deadline))
-        if verdict is None:
-            text = f"{name}: rank 0 gave no answer within {deadline:.0f} s; is it hanging or gone?"
-            self._settle(number, "begin", _gave_up(name, text))
-            verdict = self._wait(self._key(number, "verdict"), deadline)
-        if verdict is None:
-            text = f"{name}: rank 0 stopped while it decided; is it hanging or gone? The run tells how far it came"
-            self._settle(number, "end", _gave_up(name, text))
-            verdict = self._wait(self._key(number, "verdict"), deadline)
-        if verdict is None:
-            raise DeadlineError(text)
+        letter = self._key(number, str(self.rank))
+        self._do("set", letter, _letter(name, payload))
+        self._drop([letter])
+        verdict = self._verdict(number, name, deadline)
         try:
-            return self._read(number, verdict)
+            return self._answer(number, verdict)
         finally:
             with suppress(PeerError):
                 if self._do("add", self._key(number, "reads"), 1) == self.world - 1:
                     self._do("set", self._key(number, "read"), b"")
 
-    def _settle(self, number: int, what: str, mine: str) -> None:
-        """Raises DeadlineError if it is a rank's giving up, and not the leader's going on, that was written first."""
-        first = bytes(self._do("compare_set", self._key(number, what), "", mine))
+    def _verdict(self, number: int, name: str, deadline: float) -> bytes:
+        """Waits for the verdict of a round; if the leader fails to give one, settles that it failed."""
+        # The leader answers within its own deadline; the margin lets its verdict, which names the culprit, win.
+        if self._wait([self._key(number, "verdict")], deadline * 1.5 + min(5.0, deadline)):
+            return bytes(self._do("get", self._key(number, "verdict")))
+        verdict = _failed(
+            name, "deadline", f"{name}: rank 0 gave no answer within {deadline:.0f} s; is it hanging or gone?"
+        )
+        first = self._settle(number, "begin", verdict)
         if first != _LEADER:
-            raise DeadlineError(json.loads(first)["text"])
+            return self._settle(number, "verdict", first)
+        if not self._wait([self._key(number, "verdict")], deadline):
+            text = f"{name}: rank 0 stopped while it decided; is it hanging or gone? The run tells how far it came"
+            return self._settle(number, "verdict", _failed(name, "deadline", text))
+        return bytes(self._do("get", self._key(number, "verdict")))
+
+    def _settle(self, number: int, what: str, mine: bytes) -> bytes:
+        """What was written there first, by whomever."""
+        return bytes(self._do("compare_set", self._key(number, what), b"", mine))
 
     def linger(self) -> None:
         """Keeps a leader that is about to exit, and may take the store with it, until its last answer was read."""
         if self._unread >= 0:
             with suppress(PeerError):
-                self._wait(self._key(self._unread, "read"), min(_LINGER, settings().deadline))
+                self._wait([self._key(self._unread, "read")], min(_LINGER, settings().deadline))
         self._unread = -1
 
     def _lead(self, number: int, name: str, payload: bytes | Exception, decide: Decide, deadline: float) -> bytes:
         self._unread = -1
         number = self._catch_up(number, name)
-        end = time.monotonic() + deadline
-        letters = [_letter(name, payload)]
-        late = []
-        for rank in range(1, self.world):
-            letter = self._wait(self._key(number, str(rank)), max(0.001, end - time.monotonic()))
-            letters.append(letter or b"")
-            if letter is None:
-                late.append(rank)
-        answers: list[bytes]
-        self._unread = -1 if late else number
         try:
+            letters = [_letter(name, payload), *self._letters(number, name, deadline)]
+            self._unread = number
+            payloads = [_open(rank, letter, name) for rank, letter in enumerate(letters)]
+            first = self._settle(number, "begin", _LEADER)
+            if first != _LEADER:
+                raise _error(first)
+            decided = decide(payloads)
+            answers = [decided] if isinstance(decided, bytes) else list(decided)
+            mine = self._post(number, answers)
+        except Exception as e:
+            kind, text = to_wire(e)
+            self._settle(number, "verdict", _failed(name, kind, text))
+            raise e if isinstance(e, CkptError) else from_wire(kind, text) from e
+        first = self._settle(number, "verdict", mine)
+        self._small += [self._key(number, what) for what in ("begin", "reads", "read")]
+        if first != mine:
+            raise _error(first)
+        return answers[0]
+
+    def _letters(self, number: int, name: str, deadline: float) -> list[bytes]:
+        """The letters of the other ranks. DeadlineError names those that did not come."""
+        keys = [self._key(number, str(rank)) for rank in range(1, self.world)]
+        if not self._wait(keys, deadline):
+            late = [rank for rank, key in enumerate(keys, start=1) if not self._do("check", [key])]
             if late:
                 who = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
                 raise DeadlineError(f"{name}: rank {who} did not come within {deadline:.0f} s; is it hanging or gone?")
-            payloads = [_open(rank, letter, name) for rank, letter in enumerate(letters)]
-            self._settle(number, "begin", _LEADER.decode())
-            decided = decide(payloads)
-            answers = [decided] if isinstance(decided, bytes) else list(decided)
-            self._settle(number, "end", _LEADER.decode())
-        except Exception as e:
-            kind, text = to_wire(e)
-            verdict = json.dumps({"name": name, "kind": kind, "message": text})
-            self._do("set", self._key(number, "verdict"), verdict)
-            raise e if isinstance(e, CkptError) else from_wire(kind, text) from e
+        if not self._store.has_extended_api():
+            return [bytes(self._do("get", key)) for key in keys]
+        parts = [keys[at : at + _AT_ONCE] for at in range(0, len(keys), _AT_ONCE)]
+        return [bytes(letter) for part in parts for letter in self._do("multi_get", part)]
+
+    def _post(self, number: int, answers: list[bytes]) -> bytes:
+        """Leaves the answers where the ranks look for them. Returns the verdict that tells them so."""
+        if len(answers) == 1 and len(answers[0]) <= _INLINE:
+            self._drop([])
+            return b"A" + answers[0]
         if len(answers) == 1:
-            self._do("set", self._key(number, "answer"), answers[0])
+            content = {self._key(number, "answer"): answers[0]}
         else:
-            for rank in range(1, self.world):
-                self._do("set", self._key(number, f"answer-{rank}"), answers[rank])
-        self._do("set", self._key(number, "verdict"), json.dumps({"each": len(answers) > 1}))
-        self._forget(number - 2)
-        return answers[0]
+            content = {self._key(number, f"answer-{rank}"): answers[rank] for rank in range(1, self.world)}
+        for key, answer in content.items():
+            self._do("set", key, answer)
+        self._drop(list(content))
+        return b"O" if len(answers) == 1 else b"R"
+
+    def _answer(self, number: int, verdict: bytes) -> bytes:
+        kind = verdict[:1]
+        if kind == b"E":
+            raise _error(verdict)
+        if kind == b"A":
+            return verdict[1:]
+        return bytes(self._do("get", self._key(number, "answer" if kind == b"O" else f"answer-{self.rank}")))
 
     def _catch_up(self, number: int, name: str) -> int:
         """Passes rounds that the leader missed and the others gave up waiting for, as a late rank does."""
         while self._do("check", [self._key(number, "begin")]):
             first = bytes(self._do("get", self._key(number, "begin")))
-            told = {} if first == _LEADER else json.loads(first)
-            if told.get("name") in (None, name):
+            if first == _LEADER or json.loads(first[1:])["name"] == name:
                 break
-            verdict = {"name": told["name"], "kind": DeadlineError.kind, "message": told["text"]}
-            self._do("set", self._key(number, "verdict"), json.dumps(verdict))
+            self._settle(number, "verdict", first)
             number += 1
             self._next = number + 1
         return number
 
-    def _read(self, number: int, verdict: bytes) -> bytes:
-        told = json.loads(verdict)
-        if "kind" in told:
-            raise from_wire(told["kind"], told["message"])
-        return bytes(self._do("get", self._key(number, f"answer-{self.rank}" if told["each"] else "answer")))
+    def _drop(self, keys: list[str]) -> None:
+        """Drops what this rank wrote two rounds ago; `keys` is what it wrote in this one. Small keys go by the dozen."""
+        self._large.append(keys)
+        old = self._large.pop(0) if len(self._large) > 2 else []
+        if len(self._small) >= _SWEEP:
+            old, self._small = old + self._small[:-9], self._small[-9:]
+        for key in old:
+            self._do("delete_key", key)
 
-    def _forget(self, number: int) -> None:
-        """Drops the parts of an old round. Its verdict stays: it is how a late rank learns that it is over."""
-        if number < 0:
-            return
-        for rank in range(1, self.world):
-            self._do("delete_key", self._key(number, str(rank)))
-            self._do("delete_key", self._key(number, f"answer-{rank}"))
-        for what in ("answer", "begin", "end", "reads", "read"):
-            self._do("delete_key", self._key(number, what))
-
-    def _wait(self, key: str, seconds: float) -> bytes | None:
+    def _wait(self, keys: list[str], seconds: float) -> bool:
         try:
-            self._do("wait", [key], timedelta(seconds=seconds))
+            self._do("wait", keys, timedelta(seconds=seconds))
         except PeerError:
             raise
         except Exception:  # a timeout: DistStoreError, or RuntimeError in older versions of torch
-            return None
-        return bytes(self._do("get", key))
+            return False
+        return True
 
 
-def _gave_up(name: str, text: str) -> str:
-    return json.dumps({"name": name, "text": text})
+def _failed(name: str, kind: str, text: str) -> bytes:
+    """The verdict that a round failed."""
+    return b"E" + json.dumps({"name": name, "kind": kind, "message": text}).encode()
+
+
+def _error(verdict: bytes) -> CkptError:
+    told = json.loads(verdict[1:])
+    return from_wire(told["kind"], told["message"])
 
 
 def _is_timeout(e: Exception) -> bool:

@@ -46,17 +46,17 @@ class Settings:
     """What may be tuned from outside a training script.
 
     deadline      CKPT_DEADLINE      seconds that a rank waits for the others at one point of a save (600)
-    buffer_mib    CKPT_BUFFER_MIB    MiB of one staging buffer (8)
-    buffers       CKPT_BUFFERS       staging buffers a rank reserves at its first save (8)
-    writers       CKPT_WRITERS       threads that write a pack (4)
+    buffer_mib    CKPT_BUFFER_MIB    MiB of one staging buffer (16)
+    buffers       CKPT_BUFFERS       staging buffers a rank reserves at its first save (4)
+    writers       CKPT_WRITERS       threads that write a pack (3)
     readers       CKPT_READERS       threads that read; 0: the cores of this host over its ranks, at most 4 (0)
     direct        CKPT_DIRECT        1: write with direct I/O where the filesystem allows it (1)
     """
 
     deadline: float = 600.0
-    buffer_mib: int = 8
-    buffers: int = 8
-    writers: int = 4
+    buffer_mib: int = 16
+    buffers: int = 4
+    writers: int = 3
     readers: int = 0
     direct: bool = True
 

@@ -15,24 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ckpt.backends import Backend, backend_for
 from ckpt.catalog import resolve
 from ckpt.collective import Group
 from ckpt.commit import Commit, read_commit, read_manifest
-from ckpt.config import settings, undisturbed
+from ckpt.config import undisturbed
 from ckpt.errors import MismatchError
-from ckpt.format.dtypes import dtype
-from ckpt.read import Target, read_targets
-from ckpt.shards import dtype_name
+from ckpt.fill import Fill, fill
 from ckpt.stored import ReadStats
 from ckpt.targets import LoadOptions, Matching, matches
 
 __all__ = ["LoadOptions", "LoadReport", "load_folder", "load_ref"]
 
 log = logging.getLogger("ckpt")
-_STAGE = 64 << 20
 _SHOWN = 20
 
 
@@ -64,6 +60,7 @@ def load_ref(state: Any, ref: str | os.PathLike[str], options: LoadOptions, grou
     return load_folder(state, backend, folder, options, group)
 
 
+@undisturbed()
 def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions, group: Group) -> LoadReport:
     """Loads one committed step into a state, in place; collective over `group`.
 
@@ -86,8 +83,7 @@ def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions,
     assert commit is not None and plan is not None
     stats = ReadStats()
     try:
-        with undisturbed():
-            stats = _read(backend, folder, plan)
+        stats = _read(backend, folder, plan)
         backend.close()  # an open file would keep a pack that retention deletes
         payload = b""
     except Exception as e:
@@ -153,66 +149,16 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
 
 
 def _read(backend: Backend, folder: str, plan: Matching) -> ReadStats:
-    """Reads everything in place; what cannot be (another device or dtype) by way of 64 MiB of memory. Then the values."""
+    """Reads every tensor in place, then sets the values."""
     for action in plan.begin:
         action()
-    direct: list[Target] = []
-    staged: list[tuple[int, Any, torch.Tensor]] = []
-    for wanted in plan.tensors.values():
-        spec = plan.manifest.tensors[wanted.index]
-        for box, view in wanted.held.pieces:
-            if not box.numel:
-                continue
-            if view.device.type == "cpu" and dtype_name(view.dtype) == spec.dtype:
-                direct.append(Target(wanted.index, box, _as_numpy(view)))
-            else:
-                staged.append((wanted.index, box, view))
-    threads = settings().readers or _threads(plan.group)
-    stats = read_targets(backend, folder, plan.manifest, direct, threads=threads)
-    for batch in _batches(staged):
-        temporary = [
-            (i, b, torch.empty(b.shape, dtype=getattr(torch, plan.manifest.tensors[i].dtype)), v) for i, b, v in batch
-        ]
-        more = read_targets(
-            backend,
-            folder,
-            plan.manifest,
-            [Target(i, b, _as_numpy(t)) for i, b, t, _ in temporary],
-            threads=threads,
-        )
-        stats = ReadStats(stats.needed + more.needed, stats.read + more.read)
-        for _, _, tensor, view in temporary:
-            view.copy_(tensor)
+    wanted = [
+        Fill(target.tensor, box, view)
+        for target in plan.tensors.values()
+        for box, view in target.held.pieces
+        if view.numel()
+    ]
+    stats = fill(backend, folder, plan.manifest, wanted, plan.group.world)
     for action in plan.finish:
         action()
     return stats
-
-
-def _threads(group: Group) -> int:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or group.world)
-    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
-
-
-def _batches(staged: Sequence[tuple[int, Any, torch.Tensor]]) -> list[list[tuple[int, Any, torch.Tensor]]]:
-    """Groups of tensors that need memory of their own on the way, about 64 MiB each."""
-    out: list[list[tuple[int, Any, torch.Tensor]]] = []
-    room = 0
-    for item in staged:
-        size = item[2].numel() * item[2].element_size()
-        if not out or size > room:
-            out.append([])
-            room = _STAGE
-        out[-1].append(item)
-        room -= size
-    return out
-
-
-_SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _as_numpy(view: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a CPU tensor under the numpy type that its bytes are moved as."""
-    kind = dtype(dtype_name(view.dtype)).numpy
-    if view.dtype in (torch.complex128, torch.complex64):
-        return view.numpy()
-    return view.view(_SAME_WIDTH[view.element_size()]).numpy().view(kind)

@@ -89,12 +89,11 @@ def _plain(key: str, name: str, value: Any) -> Any:
 
 def group_hyper(tables: list[list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Parameter name -> its hyper-parameters, from the group tables of all ranks that stored one."""
-    return {
-        name: {k: v for k, v in group["hyper"].items() if k not in _NAMES}
-        for table in tables
-        for group in table
-        for name in group["params"]
-    }
+    out = {}
+    for group in (group for table in tables for group in table):
+        hyper = {k: v for k, v in group["hyper"].items() if k not in _NAMES}
+        out.update(dict.fromkeys(group["params"], hyper))
+    return out
 
 
 def group_clashes(

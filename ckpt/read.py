@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
 from ckpt.errors import FormatError
-from ckpt.format.codec import BLOCK, crc32c, n_blocks
+from ckpt.format.codec import BLOCK, n_blocks
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, contiguous_span
 from ckpt.format.manifest import Manifest
@@ -26,7 +26,7 @@ from ckpt.stored import Pack, ReadStats, StoredFragment
 __all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
-_JOB = 2 << 20  # bytes of one read: several blocks, few enough to be checked while still in cache
+_JOB = 1 << 20  # bytes of one read: few enough to be checked while still in the core's own cache
 _SCRATCH = 4 << 20
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
 
@@ -40,55 +40,64 @@ class Target:
     array: npt.NDArray[np.generic]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Blocks [first, first+count) of one stored fragment and what to do with their raw bytes.
 
-    The fragment is row `row` of the manifest and has `shape`.     `direct`: bytes of the target to which they go as they are. Otherwise they are read into scratch memory and
-    `box` (relative to the fragment) is copied to `out`.
+    The fragment is row `row` of the manifest and has `shape`. `direct`: bytes of the target to which they go as they
+    are. Otherwise they are read into scratch memory and `box` (relative to the fragment) is copied to `out`.
     """
 
     row: int
     tensor: int
     shape: tuple[int, ...]
     first: int
-    count: int
+    blocks: int
     nbytes: int
-    direct: Bytes | None
+    direct: memoryview | None
     box: Box | None = None
     out: npt.NDArray[np.generic] | None = None
 
 
 def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[Segment]]:
     """Pack -> segments, in file order. Raises FormatError if a target is not fully covered by stored fragments."""
-    out: dict[int, list[Segment]] = {}
+    found: list[tuple[int, Segment]] = []
     for target in targets:
-        if not target.box.numel:
+        t, box, array = target.tensor, target.box, target.array
+        if not array.size:
             continue
-        t = target.tensor
-        spec = manifest.tensors[t]
-        base, item = int(manifest.start[t]), dtype(spec.dtype).itemsize
-        found = 0
-        for k, stored in _touching(manifest, t, target.box):
-            row = base + k
-            segments = out.setdefault(int(manifest.pack[row]), [])
-            if stored == target.box and target.array.flags.c_contiguous:
-                found += stored.numel
-                raw = target.array.reshape(-1).view(np.uint8)
-                segments.append(Segment(row, t, stored.shape, 0, n_blocks(len(raw)), len(raw), raw))
-                continue
-            common = stored & target.box
-            if common is not None:
-                found += common.numel
-                segments.extend(_segments(row, stored, common, target, item))
-        if found != target.box.numel:
-            raise FormatError(
-                f"tensor {spec.key!r}: the manifest holds {found} of the {target.box.numel} elements of {target.box}"
-            )
-    offset = {s.row: int(manifest.offset[s.row]) for segments in out.values() for s in segments}
-    for segments in out.values():
-        segments.sort(key=lambda s: (offset[s.row], s.first))
+        row = manifest.find_box(t, box) if array.flags.c_contiguous else None
+        if row is not None:
+            found.append((row, Segment(row, t, box.shape, 0, n_blocks(array.nbytes), array.nbytes, _raw(array))))
+        else:
+            found.extend((segment.row, segment) for segment in _partly(manifest, target))
+    rows = np.array([row for row, _ in found], dtype=np.int64)
+    first = np.array([segment.first for _, segment in found], dtype=np.int64)
+    pack = manifest.pack[rows]
+    order = np.lexsort((first, manifest.offset[rows], pack))
+    out: dict[int, list[Segment]] = {}
+    for k, p in zip(order.tolist(), pack[order].tolist(), strict=True):
+        out.setdefault(p, []).append(found[k][1])
     return out
+
+
+def _raw(array: npt.NDArray[np.generic]) -> memoryview:
+    """The bytes of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _partly(manifest: Manifest, target: Target) -> Iterator[Segment]:
+    """The segments of a target that is not one stored fragment."""
+    spec, found = manifest.tensors[target.tensor], 0
+    base, item = int(manifest.start[target.tensor]), dtype(spec.dtype).itemsize
+    for k, stored in _touching(manifest, target.tensor, target.box):
+        common = stored & target.box
+        if common is not None:
+            found += common.numel
+            yield from _segments(base + k, stored, common, target, item)
+    if found != target.box.numel:
+        raise FormatError(
+            f"tensor {spec.key!r}: the manifest holds {found} of the {target.box.numel} elements of {target.box}"
+        )
 
 
 def _touching(manifest: Manifest, t: int, box: Box) -> Iterator[tuple[int, Box]]:
@@ -126,8 +135,7 @@ def _runs(
     row: int, tensor: int, stored: Box, lo: int, n: int, total: int, array: npt.NDArray[np.generic], at: int, item: int
 ) -> Iterator[Segment]:
     """Bytes [lo, lo+n) of a fragment, one run in the target too: whole blocks in place, the edges through scratch."""
-    flat = array.reshape(-1)
-    memory = flat.view(np.uint8)
+    flat, memory = array.reshape(-1), _raw(array)
     hi = lo + n
     inner_lo = min(-(-lo // BLOCK) * BLOCK, hi)
     inner_hi = hi if hi == total else max(hi // BLOCK * BLOCK, inner_lo)
@@ -174,14 +182,26 @@ def _slabs(shape: tuple[int, ...], box: Box, item: int) -> Iterator[Box]:
         )
 
 
-@dataclass
+class _Part(NamedTuple):
+    """A segment, or some blocks of one, as bytes [lo, hi) of a pack. `place`: where the stored bytes go, None for
+    scratch memory."""
+
+    segment: Segment
+    fragment: StoredFragment
+    first: int
+    lo: int
+    hi: int
+    place: memoryview | None
+
+
+@dataclass(slots=True)
 class _Job:
-    """One range of a pack: consecutive segments, read with one call."""
+    """One range of a pack: neighbouring parts, read with one call."""
 
     pack: Pack
     start: int
     stop: int
-    parts: list[tuple[Segment, StoredFragment, int, int]] = field(default_factory=list)  # segment, fragment, file range
+    parts: list[_Part] = field(default_factory=list)
 
 
 def read_targets(
@@ -200,114 +220,126 @@ def read_targets(
     """
     stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
     plan = plan_reads(manifest, targets)
-    jobs: list[_Job] = []
-    for index in sorted(plan):
-        pack = Pack(backend, folder, manifest, index, stats)
-        jobs.extend(_jobs(pack, plan[index]))
-    stats.read += sum(job.stop - job.start for job in jobs)
-    _run_all(jobs, threads, progress)
+    packs = {index: Pack(backend, folder, manifest, index, stats) for index in sorted(plan)}
+    jobs = itertools.chain.from_iterable(_jobs(pack, plan[index]) for index, pack in packs.items())
+    few = stats.needed < 4 * _JOB
+    stats.read += _run_all(jobs, 1 if few else threads, progress)
     return stats
 
 
 def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
-    """Joins neighbouring segments into ranges of about a megabyte; cuts long ones at blocks."""
+    """Joins neighbouring segments into ranges of about `_JOB` bytes; cuts long ones at blocks."""
     job: _Job | None = None
-    row, fragment, starts = -1, None, None
+    fragment: StoredFragment | None = None
+    row = -1
     for segment in segments:
         if segment.row != row or fragment is None:
             row = segment.row
             fragment = pack.fragment(row, segment.tensor, segment.shape)
-            starts = pack.starts(fragment)
-        for part in _pieces(segment, fragment):
-            lo = fragment.offset + (part.first * BLOCK if starts is None else int(starts[part.first]))
-            hi = lo + part.nbytes if starts is None else fragment.offset + int(starts[part.first + part.count])
-            full = job is not None and (lo < job.stop or lo - job.stop > _GAP or hi - job.start > _JOB)
-            if job is None or full:
+        for part in _parts(pack, segment, fragment):
+            lo, hi = part.lo, part.hi
+            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > _JOB:
                 if job is not None:
                     yield job
                 job = _Job(pack, lo, hi)
-            job.parts.append((part, fragment, lo, hi))
+            job.parts.append(part)
             job.stop = hi
     if job is not None:
         yield job
 
 
-def _pieces(segment: Segment, fragment: StoredFragment) -> Iterator[Segment]:
-    """A long in-place segment in parts of one job each."""
-    step = _JOB // BLOCK
-    if segment.direct is None or segment.count <= step:
-        yield segment
+def _parts(pack: Pack, segment: Segment, fragment: StoredFragment) -> Iterator[_Part]:
+    """One part, or parts of one job each of a long segment whose stored bytes are read in place."""
+    first, at = segment.first, fragment.offset
+    if fragment.codec is not None:
+        starts = pack.starts(fragment)
+        assert starts is not None
+        yield _Part(segment, fragment, first, at + int(starts[first]), at + int(starts[first + segment.blocks]), None)
         return
-    for k in range(0, segment.count, step):
-        count = min(step, segment.count - k)
-        view = segment.direct[k * BLOCK : (k + count) * BLOCK]
-        yield Segment(segment.row, segment.tensor, segment.shape, segment.first + k, count, len(view), view)
+    at += first * BLOCK
+    place = segment.direct
+    if place is None or segment.nbytes <= _JOB:
+        yield _Part(segment, fragment, first, at, at + segment.nbytes, place)
+        return
+    for k in range(0, segment.nbytes, _JOB):
+        view = place[k : k + _JOB]
+        yield _Part(segment, fragment, first + k // BLOCK, at + k, at + k + len(view), view)
 
 
-def _run_all(jobs: Sequence[_Job], threads: int, progress: Callable[[int], None] | None) -> None:
-    turn = itertools.count()
+def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None] | None) -> int:
+    """Runs all jobs; each is made while others are read. Returns the bytes read."""
     failed: list[BaseException] = []
+    total = 0
     lock = threading.Lock()
 
     def work() -> None:
+        nonlocal total
+        scratch = memoryview(np.empty(_SCRATCH, dtype=np.uint8))
         try:
-            scratch = np.empty(_SCRATCH, dtype=np.uint8)
-            while not failed and (i := next(turn)) < len(jobs):
-                _run(jobs[i], scratch)
-                if progress is not None:
-                    with lock:
-                        progress(jobs[i].stop - jobs[i].start)
+            while not failed:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                _run(job, scratch)
+                with lock:
+                    total += job.stop - job.start
+                    if progress is not None:
+                        progress(job.stop - job.start)
         except BaseException as e:
             failed.append(e)
 
-    if threads <= 1 or len(jobs) < 4:
-        work()
-    else:
-        with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-read") as pool:
-            for future in [pool.submit(work) for _ in range(threads)]:
-                future.result()
+    others = [threading.Thread(target=work, name=f"ckpt-read-{k}") for k in range(1, threads)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
     if failed:
         raise failed[0]
+    return total
 
 
-def _run(job: _Job, scratch: Bytes) -> None:
-    """One read call, then check and place each segment."""
-    pack = job.pack
-    into: list[memoryview] = []
-    places: list[Bytes] = []
-    at, used = job.start, 0
-    for segment, fragment, lo, hi in job.parts:
-        if lo > at:
-            into.append(memoryview(np.empty(lo - at, np.uint8)))
-        if segment.direct is not None and fragment.codec is None:
-            place = segment.direct
-        elif used + hi - lo <= len(scratch):
-            place = scratch[used : used + hi - lo]
-            used += -(-(hi - lo) // 64) * 64
-        else:
-            place = np.empty(hi - lo, np.uint8)
-        into.append(memoryview(place))
-        places.append(place)
-        at = hi
-    pack.backend.read(pack.path, job.start, into)
-    for (segment, fragment, _, _), place in zip(job.parts, places, strict=True):
-        _place(pack, segment, fragment, place)
-
-
-def _place(pack: Pack, segment: Segment, fragment: StoredFragment, stored: Bytes) -> None:
-    """Checks the blocks of a segment and brings their content to the target."""
-    base = fragment.block + segment.first
-    if fragment.codec is None:
-        for k in range(segment.count):
-            if crc32c(stored[k * BLOCK : (k + 1) * BLOCK]) != pack.crc[base + k]:
-                raise pack.bad_block(fragment, segment.first + k)
-        raw = stored
-    else:
-        raw = pack.decode(fragment, segment.first, segment.count, segment.nbytes, stored)
-        if segment.direct is not None:
-            segment.direct[:] = raw
-    if segment.direct is not None:
+def _run(job: _Job, scratch: memoryview) -> None:
+    """One read call, then check and place each part."""
+    pack, first = job.pack, job.parts[0]
+    if first.place is not None and len(job.parts) == 1:
+        pack.backend.read(pack.path, job.start, [first.place])
+        pack.check(first.fragment, first.first, first.place)
         return
+    into: list[memoryview] = []
+    read: list[tuple[_Part, memoryview]] = []
+    at, used = job.start, 0
+    for part in job.parts:
+        size, place = part.hi - part.lo, part.place
+        if part.lo > at:
+            into.append(memoryview(bytearray(part.lo - at)))
+        if place is None:
+            if used + size <= len(scratch):
+                place = scratch[used : used + size]
+                used += -(-size // 64) * 64
+            else:
+                place = memoryview(np.empty(size, np.uint8))
+        into.append(place)
+        read.append((part, place))
+        at = part.hi
+    pack.backend.read(pack.path, job.start, into)
+    for part, place in read:
+        if part.fragment.codec is None:
+            pack.check(part.fragment, part.first, place)
+        if part.place is None:
+            _put(pack, part, place)
+
+
+def _put(pack: Pack, part: _Part, stored: memoryview) -> None:
+    """Brings what was read into scratch memory to its target."""
+    segment, fragment = part.segment, part.fragment
+    raw: Bytes = np.frombuffer(stored, dtype=np.uint8)
+    if fragment.codec is not None:
+        raw = pack.decode(fragment, segment.first, segment.blocks, segment.nbytes, raw)
+        if segment.direct is not None:
+            segment.direct[:] = memoryview(raw)
+            return
     assert segment.box is not None and segment.out is not None
     kind = dtype(pack.manifest.tensors[fragment.tensor].dtype)
     if len(segment.box.shape) == 1 and segment.out.ndim == 1:  # a run of elements, wherever it lies in the fragment

@@ -99,6 +99,7 @@ class _Work:
     places: tuple[tuple[int, int, Box], ...]
 
 
+@undisturbed()
 def save_state(
     backend: Backend,
     state: Any,
@@ -131,8 +132,7 @@ def save_state(
             work = _prepare(planner, assignment, leaves, codecs)
             if work.pieces:
                 sources = [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
-                with undisturbed():
-                    report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
+                report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
             payload = encode_report(report)
         except Exception as e:
             payload = e

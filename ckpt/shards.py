@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ from ckpt.format.fragment import Box, flat_boxes, whole
 from ckpt.format.layout import Layout, local_shape, pieces
 from ckpt.plan import MESH, PLAIN, SHARD
 
-__all__ = ["ByLayout", "Held", "Shard", "dtype_name", "hold", "is_tensor", "like", "parts"]
+__all__ = ["ByLayout", "Held", "Shard", "dtype_name", "hold", "is_tensor", "is_wrapped", "like", "parts"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Held:
     layout: str = ""
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -80,14 +82,26 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, Shard, ByLayout))
 
 
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+def _is_dtensor(value: Any) -> bool:
+    """Nothing is one in a process that never imported it; importing it just to ask would take two seconds."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, getattr(module, "DTensor", ()))
+
+
+def is_wrapped(value: Any) -> bool:
+    """Whether a tensor is a wrapper around others (see `parts`)."""
+    return type(value) not in _PLAIN_TYPES and not _is_dtensor(value) and is_traceable_wrapper_subclass(value)
+
+
 def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of a value: itself, or the inner tensors of a wrapper subclass, loaded in place as they are.
 
     Raises LayoutError for a tensor that has no plain memory to store.
     """
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and is_traceable_wrapper_subclass(value):
+    if is_wrapped(value):
         for inner in value.__tensor_flatten__()[0]:
             yield from parts(f"{name}.{inner}", getattr(value, inner))
     else:
@@ -96,18 +110,18 @@ def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def hold(name: str, value: Any) -> Held:
     """What this rank holds of a tensor. Raises LayoutError, naming it, if that cannot be told."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(value, Shard):
-        return _declared(name, value)
-    if isinstance(value, ByLayout):
-        return _by_layout(name, value)
-    if isinstance(value, DTensor):
-        return _dtensor(name, value)
-    if hasattr(value, "local_shards"):
-        return _sharded_tensor(name, value)
+    if type(value) not in _PLAIN_TYPES:
+        if _is_dtensor(value):
+            return _dtensor(name, value)
+        if isinstance(value, Shard):
+            return _declared(name, value)
+        if isinstance(value, ByLayout):
+            return _by_layout(name, value)
+        if hasattr(value, "local_shards"):
+            return _sharded_tensor(name, value)
     local = _local(name, value)
-    return Held(dtype_name(local.dtype), tuple(local.shape), ((whole(local.shape), local),), PLAIN)
+    shape = tuple(local.shape)
+    return Held(dtype_name(local.dtype), shape, ((whole(shape), local),), PLAIN)
 
 
 def like(held: Held, name: str, value: Any) -> Held:
@@ -117,9 +131,6 @@ def like(held: Held, name: str, value: Any) -> Held:
     views = [local[a : a + b.numel].view(b.shape) for a, (b, _) in zip(cuts, held.pieces, strict=False)]
     cut = tuple((b, v) for (b, _), v in zip(held.pieces, views, strict=True))
     return Held(dtype_name(local.dtype), held.shape, cut, held.kind, held.scope, held.replica, held.layout)
-
-
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def _local(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -184,38 +195,48 @@ def _mesh_scope(mesh: Any) -> str:
 
 
 def _dtensor(name: str, value: Any) -> Held:
-    local = _local(name, value._local_tensor)
-    kind, shape, scope = dtype_name(local.dtype), tuple(value.shape), _mesh_scope(value.device_mesh)
-    cuts = _cuts(shape, value.device_mesh, tuple(value.placements))
-    if isinstance(cuts, str):
-        raise LayoutError(f"tensor {name!r}: {cuts}")
-    if cuts is None:
-        return Held(kind, shape, (), MESH, scope)
-    expected = tuple(sum(b - a for a, b in runs) for runs in cuts)
-    if expected != tuple(local.shape):
-        raise LayoutError(f"tensor {name!r}: placements {value.placements} give {expected}, not {tuple(local.shape)}")
-    return Held(kind, shape, tuple(_grid(cuts, local)), MESH, scope)
+    local, spec = _local(name, value._local_tensor), value._spec
+    shape, scope = tuple(value.shape), _mesh_scope(spec.mesh)
+    cut = _cut(shape, spec.mesh, tuple(spec.placements))
+    if isinstance(cut, str):
+        raise LayoutError(f"tensor {name!r}: {cut}")
+    held: tuple[tuple[Box, torch.Tensor], ...] = ()
+    if cut is not None:
+        if cut.local != tuple(local.shape):
+            raise LayoutError(
+                f"tensor {name!r}: placements {value.placements} give {cut.local}, not {tuple(local.shape)}"
+            )
+        if len(cut.boxes) == 1:
+            held = ((cut.boxes[0][0], local),)
+        else:
+            held = tuple((box, local[here.slices]) for box, here in cut.boxes)
+    return Held(dtype_name(local.dtype), shape, held, MESH, scope)
 
 
-_Cuts = tuple[tuple[tuple[int, int], ...], ...]
+@dataclass(frozen=True)
+class _Cut:
+    """How a rank's local tensor, of shape `local`, lies in the global one: pairs of a box there and the box here."""
+
+    local: tuple[int, ...]
+    boxes: tuple[tuple[Box, Box], ...]
 
 
 @lru_cache(maxsize=4096)
-def _cuts(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> _Cuts | str | None:
-    """The runs of indices that this rank holds along each dimension; None if it is not part of the mesh, or what
-    stands against it."""
+def _cut(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> _Cut | str | None:
+    """What this rank holds of a DTensor; None if it is not part of the mesh, or what stands against it."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    cuts: list[list[tuple[int, int]]] = [[(0, n)] for n in shape]
+    runs: list[list[tuple[int, int]]] = [[(0, n)] for n in shape]
     for size, index, placement in zip(mesh.shape, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or dim is None:
             return f"placement {placement} is not a stored value; reduce or redistribute it first"
-        cuts[dim] = _chunk(cuts[dim], size, index, int(getattr(placement, "split_factor", 1)))
-    return tuple(tuple(runs) for runs in cuts)
+        runs[dim] = _chunk(runs[dim], size, index, int(getattr(placement, "split_factor", 1)))
+    local = tuple(sum(b - a for a, b in along) for along in runs)
+    return _Cut(local, tuple(_grid(runs)) if 0 not in local else ())
 
 
 def _chunk(runs: list[tuple[int, int]], count: int, index: int, split: int) -> list[tuple[int, int]]:
@@ -246,20 +267,13 @@ def _nth(lo: int, hi: int, count: int, index: int) -> tuple[int, int]:
     return min(lo + index * step, hi), min(lo + (index + 1) * step, hi)
 
 
-def _grid(cuts: _Cuts, local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
-    """The boxes that runs along every dimension span, with their views of the local tensor."""
-    if local.numel() == 0:
-        return
-    if all(len(runs) == 1 for runs in cuts):
-        yield Box(tuple(runs[0][0] for runs in cuts), tuple(local.shape)), local
-        return
-    starts = [list(itertools.accumulate((b - a for a, b in runs), initial=0)) for runs in cuts]
-    for pick in itertools.product(*(range(len(runs)) for runs in cuts)):
-        box = Box(
-            tuple(cuts[d][k][0] for d, k in enumerate(pick)),
-            tuple(cuts[d][k][1] - cuts[d][k][0] for d, k in enumerate(pick)),
-        )
-        yield box, local[tuple(slice(starts[d][k], starts[d][k] + box.shape[d]) for d, k in enumerate(pick))]
+def _grid(runs: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Box, Box]]:
+    """The boxes that runs of indices along every dimension span, and where they lie in the local tensor."""
+    starts = [list(itertools.accumulate((b - a for a, b in along), initial=0)) for along in runs]
+    for pick in itertools.product(*(range(len(along)) for along in runs)):
+        extent = tuple(runs[d][k][1] - runs[d][k][0] for d, k in enumerate(pick))
+        there = tuple(runs[d][k][0] for d, k in enumerate(pick))
+        yield Box(there, extent), Box(tuple(starts[d][k] for d, k in enumerate(pick)), extent)
 
 
 def _sharded_tensor(name: str, value: Any) -> Held:

@@ -265,8 +265,7 @@ def owners_of(state: Any) -> dict[int, tuple[Owner, ...]]:
     """id(parameter) -> who owns it, over all modules of a state. Names are relative to the module; where one
     optimizer could meet two modules (several modules share a name), they carry the module's key."""
     modules = [(name, value) for name, value, _, _ in walk(state) if isinstance(value, nn.Module)]
-    names = [name for _, module in modules for name, _, _, t in module_leaves(module) if isinstance(t, nn.Parameter)]
-    clash = len(modules) > 1 and len(set(names)) < len(names)
+    clash = len(modules) > 1 and _share_names([module for _, module in modules])
     out: dict[int, tuple[Owner, ...]] = {}
     for key, module in modules:
         prefix = f"{key}." if clash else ""
@@ -276,6 +275,11 @@ def owners_of(state: Any) -> dict[int, tuple[Owner, ...]]:
             if isinstance(t, nn.Parameter) and id(t) not in out:
                 out[id(t)] = (Owner(prefix + name),)
     return out
+
+
+def _share_names(modules: list[nn.Module]) -> bool:
+    names = [name for module in modules for name, _, _, t in module_leaves(module) if isinstance(t, nn.Parameter)]
+    return len(set(names)) < len(names)
 
 
 def _flat_parameters(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Owner, ...]]]:

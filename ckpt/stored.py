@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,7 @@ class ReadStats:
     read: int = 0
 
 
-@dataclass(frozen=True)
-class StoredFragment:
+class StoredFragment(NamedTuple):
     """A stored fragment as a reader needs it."""
 
     tensor: int
@@ -82,6 +82,17 @@ class Pack:
             nbytes,
             m.codecs[code - 1] if code else None,
         )
+
+    def check(self, fragment: StoredFragment, first: int, raw: memoryview) -> None:
+        """Raises IntegrityError unless `raw` is what was written as the blocks of a raw fragment from `first` on."""
+        base = fragment.block + first
+        if len(raw) <= BLOCK:
+            if crc32c(raw) != self.crc[base]:
+                raise self.bad_block(fragment, first)
+            return
+        for k, at in enumerate(range(0, len(raw), BLOCK)):
+            if crc32c(raw[at : at + BLOCK]) != self.crc[base + k]:
+                raise self.bad_block(fragment, first + k)
 
     def block_sizes(self, fragment: StoredFragment) -> list[int]:
         """Stored bytes of each block of a fragment."""

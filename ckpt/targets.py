@@ -7,7 +7,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ckpt.errors import FormatError, MismatchError
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.objects import decode_object
 from ckpt.optim import Owner, for_owner, group_clashes, group_hyper, new_state, regroup
-from ckpt.shards import Held, hold, is_tensor, parts
+from ckpt.shards import Held, hold, is_tensor, is_wrapped, parts
 from ckpt.state import AUTO, Stateful, module_leaves, owners_of, walk
 
 __all__ = ["LoadOptions", "Matching", "Wanted", "matches"]
@@ -58,11 +58,10 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A tensor to load: where from (index in the manifest) and where to."""
 
-    index: int
+    tensor: int
     held: Held
 
 
@@ -89,7 +88,7 @@ class Matching:
 
     def letter(self) -> bytes:
         used = np.zeros(len(self.manifest.tensors), dtype=bool)
-        used[[w.index for w in self.tensors.values()]] = True
+        used[[w.tensor for w in self.tensors.values()]] = True
         head = json.dumps(
             {"problems": self.problems, "objects": sorted(self.used_objects), "strict": sorted(self.strict)}
         ).encode()
@@ -99,7 +98,10 @@ class Matching:
 
     def _find(self, name: str) -> int | None:
         m = self.manifest
-        stored = name if name in m.by_key or name in m.has_variants else m.aliases.get(name, name)
+        found = m.by_key.get(name)
+        if found is not None:
+            return found
+        stored = name if name in m.has_variants else m.aliases.get(name, name)
         found = m.by_key.get(stored)
         if found is None and stored in m.has_variants:
             return m.by_key[f"{stored}@{self._variant(stored, m.has_variants[stored])}"]
@@ -198,27 +200,31 @@ class Matching:
         self.finish.append(lambda: setter(value))
 
     def _tensor(self, name: str, value: Any) -> None:
-        for inner_name, inner in parts(name, value) if not isinstance(value, Held) else ((name, value),):
-            if not self.options.wants(inner_name):
-                continue
-            index = self._find(self.options.stored_name(inner_name))
-            if index is None:
-                self._missing(inner_name)
-                continue
-            if isinstance(inner, torch.Tensor) and (inner.is_conj() or inner.is_neg()):
-                self._problem("not in memory as they are", f"{inner_name} (a conjugate or negative view)")
-                continue
-            held = inner if isinstance(inner, Held) else hold(inner_name, inner)
-            spec = self.manifest.tensors[index]
-            if spec.shape != held.shape:
-                self._problem(
-                    "of another shape", f"{inner_name} (state {list(held.shape)}, checkpoint {list(spec.shape)})"
-                )
-            elif spec.dtype != held.dtype and not self.options.cast:
-                self._problem("of another dtype", f"{inner_name} (state {held.dtype}, checkpoint {spec.dtype})")
-            else:
-                self.manifest.check_coverage(index)
-                self.tensors[inner_name] = Wanted(index, held)
+        if isinstance(value, Held) or not is_wrapped(value):
+            self._whole_tensor(name, value)
+            return
+        for inner_name, inner in parts(name, value):
+            self._whole_tensor(inner_name, inner)
+
+    def _whole_tensor(self, name: str, value: Any) -> None:
+        if not self.options.wants(name):
+            return
+        index = self._find(self.options.stored_name(name))
+        if index is None:
+            self._missing(name)
+            return
+        if isinstance(value, torch.Tensor) and (value.is_conj() or value.is_neg()):
+            self._problem("not in memory as they are", f"{name} (a conjugate or negative view)")
+            return
+        held = value if isinstance(value, Held) else hold(name, value)
+        spec = self.manifest.tensors[index]
+        if spec.shape != held.shape:
+            self._problem("of another shape", f"{name} (state {list(held.shape)}, checkpoint {list(spec.shape)})")
+        elif spec.dtype != held.dtype and not self.options.cast:
+            self._problem("of another dtype", f"{name} (state {held.dtype}, checkpoint {spec.dtype})")
+        else:
+            self.manifest.check_coverage(index)
+            self.tensors[name] = Wanted(index, held)
 
     def _fresh(self, stored_name: str) -> torch.Tensor:
         """A new tensor for a stored one that the state has no place for (inside a value)."""
@@ -265,7 +271,7 @@ class Matching:
             if not missing:
                 del self.problems["missing from the checkpoint"]
             self._tensor(name, tensor)
-        elif first in self.tensors and self.tensors[first].index != index:
+        elif first in self.tensors and self.tensors[first].tensor != index:
             self.remarks.append(f"{name!r} is tied to {first!r} in the state but stored apart; {first!r} was taken")
             self.tensors[f"{name} (tied)"] = Wanted(index, Held("", (), (), ""))
         elif first not in self.tensors:
@@ -293,8 +299,8 @@ class Matching:
                 saved = self.options.stored_name(prefix).removeprefix(f"{stored}.state.")
                 names = states.get(saved, {})
                 saved_as[owner.name] = saved
-                all_names = [prefix, *(f"{prefix}.{n}" for n in (*names, *optimizer.state.get(p, ())))]
-                if any(self.options.wants(n) for n in all_names):
+                all_names = (f"{prefix}.{n}" for n in (*names, *optimizer.state.get(p, ())))
+                if self.options.wants(prefix) or any(self.options.wants(n) for n in all_names):
                     wanted.append((p, owner, saved, names))
         wants_groups = self.options.wants(f"{key}.groups")
         if not wanted and not wants_groups:

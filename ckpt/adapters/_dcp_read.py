@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import (
@@ -25,22 +23,18 @@ from ckpt.adapters._dcp_write import RAW
 from ckpt.catalog import resolve
 from ckpt.checkpoint import Checkpoint
 from ckpt.commit import read_commit
-from ckpt.config import settings
 from ckpt.errors import MismatchError, NotFoundError, UnsafeError
-from ckpt.format.dtypes import dtype
+from ckpt.fill import Fill, fill
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import ObjectEntry
 from ckpt.objects import decode_object
 from ckpt.offline.dcp_tree import PATHS, Path, flatten, join, optimizer_keys, param_groups, path_of
-from ckpt.read import Target, read_targets
 from ckpt.shards import dtype_name
 
 __all__ = ["Opened"]
 
 log = logging.getLogger("ckpt")
-_STAGE = 64 << 20
 _OURS = "__ckpt__."  # objects that say something about the checkpoint itself
-_SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Names(dict[str, Any]):
@@ -188,8 +182,7 @@ class Opened:
 
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner, *, cast: bool) -> None:
         """Fills what the planner resolves the items to. MismatchError, before anything is read, for other dtypes."""
-        direct: list[Target] = []
-        staged: list[tuple[int, Box, torch.Tensor]] = []
+        wanted: list[Fill] = []
         resolved: list[tuple[ReadItem, torch.Tensor]] = []
         other: dict[str, str] = {}
         for item in items:
@@ -205,34 +198,21 @@ class Opened:
             if tuple(view.shape) != box.shape or not box.within(spec.shape):
                 raise MismatchError(f"tensor {name!r}: {box} of {spec.shape} is to go where {tuple(view.shape)} fits")
             self._c.manifest.check_coverage(t)
-            plain = view.device.type == "cpu" and not view.is_conj() and not view.is_neg()
             if dtype_name(view.dtype) != spec.dtype:
                 other[name] = f"{name!r} (state {dtype_name(view.dtype)}, checkpoint {spec.dtype})"
-            if not box.numel:
-                continue
-            if plain and dtype_name(view.dtype) == spec.dtype:
-                direct.append(Target(t, box, _as_numpy(view)))
-            else:
-                staged.append((t, box, view))
+            if box.numel:
+                wanted.append(Fill(t, box, view))
         if other and not cast:
             shown = ", ".join(list(other.values())[:20]) + (f" and {len(other) - 20} more" if len(other) > 20 else "")
             raise MismatchError(f"of another dtype ({len(other)}): {shown}. Nothing was read; see Reader(cast=True)")
-        self._fill(direct)
-        for batch in _batches(staged):
-            fresh = [(t, b, torch.empty(b.shape, dtype=_torch_dtype(self._c, t)), v) for t, b, v in batch]
-            self._fill([Target(t, box, _as_numpy(new)) for t, box, new, _ in fresh])
-            for _, _, new, view in fresh:
-                view.copy_(new)
+        if wanted:
+            world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            fill(self._c.backend, self._c.commit.folder, self._c.manifest, wanted, world)
         for item, view in resolved:
             planner.commit_tensor(item, view)
         for item in items:
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._bytes(item.storage_index.fqn))
-
-    def _fill(self, targets: Sequence[Target]) -> None:
-        if targets:
-            c = self._c
-            read_targets(c.backend, c.commit.folder, c.manifest, targets, threads=settings().readers or _threads())
 
     def _bytes(self, name: str) -> io.BytesIO:
         """A value as DCP's planners take it: as torch.save writes it."""
@@ -261,37 +241,3 @@ class Opened:
         if type(value) in (list, tuple):
             return type(value)(self._complete(v) for v in value)
         return value
-
-
-def _torch_dtype(c: Checkpoint, t: int) -> torch.dtype:
-    found = getattr(torch, c.manifest.tensors[t].dtype)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def _as_numpy(view: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a CPU tensor under the numpy type that its bytes are moved as."""
-    if view.is_complex() and view.element_size() > 4:
-        return view.numpy()
-    return view.view(_SAME_WIDTH[view.element_size()]).numpy().view(dtype(dtype_name(view.dtype)).numpy)
-
-
-def _threads() -> int:
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
-    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
-
-
-def _batches(staged: Sequence[tuple[int, Box, torch.Tensor]]) -> Iterator[list[tuple[int, Box, torch.Tensor]]]:
-    """Groups of tensors that need memory of their own on the way, about 64 MiB each."""
-    batch: list[tuple[int, Box, torch.Tensor]] = []
-    room = _STAGE
-    for item in staged:
-        size = item[2].numel() * item[2].element_size()
-        if batch and size > room:
-            yield batch
-            batch, room = [], _STAGE
-        batch.append(item)
-        room -= size
-    if batch:
-        yield batch

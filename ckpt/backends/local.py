@@ -8,7 +8,6 @@ import os
 import stat
 import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -49,7 +48,7 @@ class LocalBackend:
         self.root = os.path.abspath(os.path.expanduser(root))
         self._direct = direct
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, _Handle] = OrderedDict()
+        self._files: dict[str, _Handle] = {}
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, check_path(path))
@@ -100,9 +99,14 @@ class LocalBackend:
             return _FileUpload(full, size, self._direct)
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
+        file = self._files.get(path)
+        if file is not None and len(into) == 1:  # the rest of a large file that is being read: most calls
+            with suppress(OSError):
+                if os.preadv(file.fd, into, offset) == len(into[0]):
+                    return
         full = self._at(path)
         with _storage("reading", full):
-            file = self._open(full)
+            file = self._open(path, full)
             views = [v for v in into if len(v)]
             for at in range(0, len(views), _IOV_MAX):
                 offset = _read_all(file.fd, views[at : at + _IOV_MAX], offset, full)
@@ -145,7 +149,7 @@ class LocalBackend:
         with _storage("deleting", full):
             point("local.delete")
             with self._lock:
-                self._files.pop(full, None)
+                self._files.pop(path, None)
             folder = os.path.dirname(full)
             try:
                 os.unlink(full)
@@ -168,16 +172,14 @@ class LocalBackend:
         with self._lock:
             self._files.clear()
 
-    def _open(self, full: str) -> _Handle:
-        """A descriptor for reading, kept for the next range; of many, the longest unused is let go."""
+    def _open(self, path: str, full: str) -> _Handle:
+        """A descriptor for reading, kept for the next range; of many, the one opened first is let go."""
         with self._lock:
-            file = self._files.get(full)
+            file = self._files.get(path)
             if file is None:
-                file = self._files[full] = _Handle(_open_file(full))
+                file = self._files[path] = _Handle(_open_file(full))
                 if len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(full)
+                    self._files.pop(next(iter(self._files)))
             return file
 
 

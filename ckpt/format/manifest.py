@@ -28,6 +28,7 @@ __all__ = ["VERSION", "Manifest", "ObjectEntry", "Packs", "build_manifest", "dum
 
 VERSION = 1
 _SMALL = 1 << 16
+_MANY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,22 @@ class Manifest:
         if not d:
             return [Box((), ())] * n
         return [Box(tuple(flat[k : k + d]), tuple(flat[k + d : k + 2 * d])) for k in range(at, at + 2 * d * n, 2 * d)]
+
+    def find_box(self, t: int, box: Box) -> int | None:
+        """The row of the fragment of tensor t that is this very box; None if there is none, or several."""
+        first, stop, d = self._row_start[t], self._row_start[t + 1], len(self.tensors[t].shape)
+        want = [*box.offset, *box.shape]
+        if stop - first > _MANY:
+            boxes = self.boxes(t).reshape(stop - first, 2 * d)
+            rows = (first + np.flatnonzero((boxes == np.array(want)).all(axis=1))).tolist()
+        elif len(self.pack) > _SMALL:
+            rows = [
+                first + k for k, row in enumerate(self.boxes(t).reshape(stop - first, 2 * d).tolist()) if row == want
+            ]
+        else:
+            at, flat = self._flat_start[t], self._flat
+            rows = [r for k, r in enumerate(range(first, stop)) if flat[at + 2 * d * k : at + 2 * d * (k + 1)] == want]
+        return rows[0] if len(rows) == 1 else None
 
     @cached_property
     def _flat(self) -> list[int]:

@@ -104,11 +104,15 @@ def _text(value: object) -> bool:
 def _tensor(row: Sequence[Any]) -> TensorSpec:
     name, kind, shape, variant, layout = row
     _need(_text(name) and _text(variant) and _text(layout), "tensor entry")
-    _need(isinstance(shape, list) and len(shape) <= 64, f"shape of {name[:200]!r}")
     size = dtype(kind).itemsize
+    if not isinstance(shape, list) or len(shape) > 64:
+        raise FormatError(f"damaged or hostile: shape of {name[:200]!r}")
     for d in shape:
-        size *= max(1, _int(d))
-    _need(size < 2**62, f"shape of {name[:200]!r}")
+        if type(d) is not int or not 0 <= d < 2**62:
+            raise FormatError(f"damaged or hostile: number {d!r:.200}")
+        size *= d or 1
+    if size >= 2**62:
+        raise FormatError(f"damaged or hostile: shape of {name[:200]!r}")
     return TensorSpec(name, kind, tuple(shape), variant, layout)
 
 

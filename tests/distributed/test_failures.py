@@ -320,8 +320,8 @@ def test_the_leader_lingers_until_it_was_heard() -> None:
         return heard.is_set()
 
     def follower(group: Any) -> None:
-        read = group._read
-        group._read = lambda *args: (heard.set(), read(*args))[1]
+        read = group._answer
+        group._answer = lambda *args: (heard.set(), read(*args))[1]
         _number("one")(group)
 
     assert together(leader, follower)[0] is True
@@ -362,7 +362,7 @@ def test_without_the_errors_of_others_half_a_save_is_published(monkeypatch: pyte
 def test_without_a_settled_round_a_late_leader_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The safeguard of `test_an_abandoned_round_is_not_decided`, taken away."""
     monkeypatch.setenv("CKPT_DEADLINE", "0.01")
-    monkeypatch.setattr(collective._StoreGroup, "_settle", lambda *_: None)
+    monkeypatch.setattr(collective._StoreGroup, "_settle", lambda self, number, what, mine: mine)
     published, gave_up = [], threading.Event()
 
     def leader(group: collective.Group) -> bytes:

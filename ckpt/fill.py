@@ -1,0 +1,89 @@
+"""Stored boxes -> torch views of live memory: in place where the bytes can go there as they are, else by way of memory
+of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ckpt.backends import Backend
+from ckpt.config import settings
+from ckpt.format.dtypes import dtype
+from ckpt.format.fragment import Box
+from ckpt.format.manifest import Manifest
+from ckpt.read import Target, read_targets
+from ckpt.shards import dtype_name
+from ckpt.stored import ReadStats
+
+__all__ = ["Fill", "fill"]
+
+_STAGE = 64 << 20
+
+
+class Fill(NamedTuple):
+    """A box of a stored tensor (its index in the manifest) and the view of the same shape that is to hold it."""
+
+    tensor: int
+    box: Box
+    view: torch.Tensor
+
+
+def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int) -> ReadStats:
+    """Fills all views; what cannot be read in place (another device or dtype, a conjugate) goes by way of 64 MiB.
+
+    `world`: how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do.
+    Raises what `read_targets` does.
+    """
+    threads = settings().readers or _threads(world)
+    direct: list[Target] = []
+    staged: list[Fill] = []
+    for item in wanted:
+        view = item.view
+        as_it_is = dtype_name(view.dtype) == manifest.tensors[item.tensor].dtype
+        if as_it_is and view.device.type == "cpu" and not view.is_conj() and not view.is_neg():
+            direct.append(Target(item.tensor, item.box, _as_numpy(view)))
+        else:
+            staged.append(item)
+    stats = read_targets(backend, folder, manifest, direct, threads=threads)
+    for batch in _batches(staged):
+        fresh = [torch.empty(b.shape, dtype=getattr(torch, manifest.tensors[t].dtype)) for t, b, _ in batch]
+        targets = [Target(t, b, _as_numpy(new)) for (t, b, _), new in zip(batch, fresh, strict=True)]
+        more = read_targets(backend, folder, manifest, targets, threads=threads)
+        stats = ReadStats(stats.needed + more.needed, stats.read + more.read)
+        for item, new in zip(batch, fresh, strict=True):
+            item.view.copy_(new)
+    return stats
+
+
+def _threads(world: int) -> int:
+    """The cores of this host over its ranks, at most 4."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
+
+
+def _batches(staged: Sequence[Fill]) -> Iterator[list[Fill]]:
+    """Groups of about 64 MiB."""
+    batch: list[Fill] = []
+    room = _STAGE
+    for item in staged:
+        size = item.view.numel() * item.view.element_size()
+        if batch and size > room:
+            yield batch
+            batch, room = [], _STAGE
+        batch.append(item)
+        room -= size
+    if batch:
+        yield batch
+
+
+_MOVED_AS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+def _as_numpy(view: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a CPU tensor under the numpy type that its bytes are moved as."""
+    kind = dtype(dtype_name(view.dtype))
+    return (view if kind.exact else view.view(_MOVED_AS[kind.itemsize])).numpy()
