@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt import adapters
+    from ckpt.background import SaveHandle
     from ckpt.catalog import KeepBest, KeepEvery, KeepLast
     from ckpt.checkpoint import Checkpoint
     from ckpt.checkpoint import open_checkpoint as open
-    from ckpt.checkpointer import Checkpointer, CloseReport, load, save
+    from ckpt.checkpointer import Checkpointer, CloseReport, async_save, load, save
     from ckpt.config import Every
     from ckpt.errors import (
+        CapacityError,
         CkptError,
         ConflictError,
         DeadlineError,
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RNG",
     "ByLayout",
+    "CapacityError",
     "Checkpoint",
     "Checkpointer",
     "CkptError",
@@ -61,12 +64,14 @@ __all__ = [
     "PerRank",
     "Pickled",
     "Replicated",
+    "SaveHandle",
     "SaveReport",
     "Shard",
     "StorageError",
     "UnsafeError",
     "UsageError",
     "adapters",
+    "async_save",
     "load",
     "open",
     "save",
@@ -79,6 +84,8 @@ _HOME = {
     "CloseReport": "checkpointer",
     "LoadReport": "loading",
     "SaveReport": "saving",
+    "SaveHandle": "background",
+    "async_save": "checkpointer",
     "load": "checkpointer",
     "save": "checkpointer",
     "Every": "config",

@@ -5,37 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 from ckpt.backends import Backend, backend_for
-from ckpt.catalog import (
-    KeepBest,
-    Policy,
-    delete_step,
-    generations_in_use,
-    kept,
-    lineage,
-    list_run,
-    parse_ref,
-    with_ledger,
-    write_ledger,
-)
+from ckpt.background import SaveHandle, begin_save
+from ckpt.catalog import Policy, generations_in_use, lineage, list_run, parse_ref
 from ckpt.collective import Group, current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
-from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError, UsageError
+from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, UsageError
 from ckpt.format.codec import Codec, CodecRule, parse_codecs
 from ckpt.loading import LoadOptions, LoadReport, load_folder, load_ref
 from ckpt.saving import Planner, SaveReport, save_state
+from ckpt.snapshot.fence import fence_here
+from ckpt.upkeep import Metrics, numbers, retain, write_rows
 
-__all__ = ["Checkpointer", "CloseReport", "load", "save"]
+__all__ = ["Checkpointer", "CloseReport", "async_save", "load", "save"]
 
 log = logging.getLogger("ckpt")
-Metrics = Mapping[str, Any]
 _planners: dict[str, Planner] = {}
 
 
@@ -57,10 +48,34 @@ def save(
     Raises, on every rank and with nothing published: UsageError, LayoutError, ConflictError (the step exists),
     StorageError, DeadlineError, PeerError.
     """
-    backend = _backend(run)
+    backend, group = _backend(run), current_group()
+    request = _request(step, metrics, codec)
     planner = _planners.setdefault(backend.root, Planner())
-    group = current_group()
-    return _save(backend, state, step, 0, metrics, codec, group, planner)
+    report = save_state(backend, state, **request, generation=0, group=group, planner=planner)
+    _say(report, group)
+    return report
+
+
+def async_save(
+    state: Any,
+    run: str | os.PathLike[str],
+    *,
+    step: int = 0,
+    metrics: Metrics | None = None,
+    codec: CodecRule | None = None,
+) -> SaveHandle:
+    """As `save`, but returns as soon as training may go on; the rest happens in threads of this process.
+
+    Copied at once: everything but what the optimizers in `state` own (their parameters and their state), which is
+    copied in the background; a step of such an optimizer waits until that is done. Change parameters in another way
+    only after `handle.staged()`. One save at a time: a second one waits for the first.
+
+    Raises, on every rank, what agreeing on a save raises (UsageError, LayoutError, ConflictError, DeadlineError,
+    PeerError); the rest is told by the handle: CapacityError (no memory for the snapshot), StorageError and so on.
+    """
+    backend, group = _backend(run), current_group()
+    planner = _planners.setdefault(backend.root, Planner())
+    return begin_save(backend, state, **_request(step, metrics, codec), generation=0, group=group, planner=planner)
 
 
 def load(
@@ -93,65 +108,40 @@ def _backend(run: str | os.PathLike[str]) -> Backend:
     return backend_for(os.fspath(run).rstrip("/"), direct=settings().direct)
 
 
-def _save(
-    backend: Backend,
-    state: Any,
-    step: int,
-    generation: int,
-    metrics: Metrics | None,
-    codec: CodecRule | None,
-    group: Group,
-    planner: Planner,
-) -> SaveReport:
+class _Request(TypedDict):
+    step: int
+    metrics: dict[str, float]
+    codecs: tuple[tuple[str, Codec], ...]
+    failure: Exception | None
+
+
+def _request(step: int, metrics: Metrics | None, codec: CodecRule | None) -> _Request:
+    """What is to be saved, checked. A bad metric or codec of one rank is to fail the save on all."""
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
         raise UsageError(f"step={step!r}: a whole number, 0 or more, of at most 18 digits")
-    numbers: dict[str, float] = {}
-    codecs: tuple[tuple[str, Codec], ...] = ()
-    failure: Exception | None = None
     try:
-        numbers, codecs = _numbers(metrics), parse_codecs(codec)
+        return _Request(step=step, metrics=numbers(metrics), codecs=parse_codecs(codec), failure=None)
     except UsageError as e:
-        failure = e
-    report = save_state(
-        backend,
-        state,
-        step=step,
-        generation=generation,
-        metrics=numbers,
-        codecs=codecs,
-        group=group,
-        planner=planner,
-        failure=failure,
-    )
+        return _Request(step=step, metrics={}, codecs=(), failure=e)
+
+
+def _say(report: SaveReport, group: Group) -> None:
     if report.per_rank and group.rank == 0:
         names = ", ".join(report.per_rank[:10])
         log.warning(
             "ckpt: stored per rank, since the ranks hold different values: %s (declare ckpt.PerRank to say so)", names
         )
-    return report
-
-
-def _numbers(metrics: Metrics | None) -> dict[str, float]:
-    """Metrics as plain numbers; those that are not finite have no place in JSON and are left out."""
-    out = {}
-    for name, value in (metrics or {}).items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's own for a tensor of many elements
-            raise UsageError(f"metric {name!r}: {value!r:.200} is not a number") from None
-        if number - number == 0:
-            out[str(name)] = number
-    return out
 
 
 @dataclass
 class CloseReport:
-    """What a Checkpointer did: steps counted, saves committed and failed, bytes stored by all ranks, seconds that
-    `step` and `save_now` held up the loop on this rank, and the last error."""
+    """What a Checkpointer did: steps counted, saves committed, failed, and skipped (due while another was under way);
+    bytes stored by all ranks, seconds that saves held up the loop on this rank, and the last error."""
 
     steps: int = 0
     committed: int = 0
     failed: int = 0
+    skipped: int = 0
     bytes: int = 0
     stalled: float = 0.0
     last_step: int | None = None
@@ -162,14 +152,16 @@ class CloseReport:
 class Checkpointer:
     """Keeps the checkpoints of a run: `restore` before the loop, `step` in it, `close` after it.
 
-    run      a path or URL
-    state    what to save; see `ckpt.save`
-    storage  when to save, as Every(200)
-    keep     retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
-    codec    see `ckpt.save`
+    run        a path or URL
+    state      what to save; see `ckpt.save`
+    storage    when to save, as Every(200); in the background, one save at a time, as `ckpt.async_save` does
+    keep       retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
+    codec      see `ckpt.save`
+    max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
 
-    All methods are collective: every rank calls them at the same place. A failed save never stops the loop:
-    `step` logs it and goes on, and `close` reports it.
+    All methods are collective: every rank calls them at the same place. A failed save never stops the loop: it is
+    logged and counted, and `close` reports it. A save that is due while the last one is under way is skipped on all
+    ranks, and counted.
     """
 
     def __init__(
@@ -180,9 +172,12 @@ class Checkpointer:
         storage: Every | None = None,
         keep: Sequence[Policy] = (),
         codec: CodecRule | None = None,
+        max_stale: float | None = None,
     ) -> None:
         if storage is None:
             raise UsageError("storage=ckpt.Every(n): say when to save")
+        if max_stale is not None and not max_stale > 0:
+            raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
         parse_codecs(codec)
         self._backend = _backend(run)
         self._state, self._every, self._keep, self._codec = state, storage, tuple(keep), codec
@@ -190,10 +185,11 @@ class Checkpointer:
         self._planner = Planner()
         self._generation: int | None = None
         self._step: int | None = None
-        self._saved_step: int | None = None
-        self._last = time.monotonic()
+        self._handle: SaveHandle | None = None  # of the last save begun
+        self._last = self._durable = time.monotonic()
+        self._max_stale = max_stale
         self._metrics: dict[str, float] = {}
-        self._ledger: list[dict[str, object]] = []
+        self._ledger: deque[dict[str, object]] = deque()
         self.report = CloseReport()
         self.last_load: LoadReport | None = None
 
@@ -215,6 +211,7 @@ class Checkpointer:
         an error. The other arguments are those of `ckpt.load`.
         """
         options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
+        self.wait(settings().deadline)
         if ref is None:
             found = self._restore_newest(options)
         else:
@@ -222,7 +219,7 @@ class Checkpointer:
             root, _, folder = self.last_load.ref.rpartition("/")
             found = folder if os.path.realpath(root) == os.path.realpath(self._backend.root) else None
         self._open_generation(found)
-        self._step = self._saved_step = None
+        self._step = self._handle = None
         return 0 if found is None or self.last_load is None else self.last_load.step + 1
 
     def _restore_newest(self, options: LoadOptions) -> str | None:
@@ -263,57 +260,81 @@ class Checkpointer:
 
         self._generation = int(self._group.round("generation", b"", decide))
 
-    def step(self, step: int, metrics: Metrics | None = None) -> SaveReport | None:
-        """Names the iteration just done, right after `optimizer.step()`. Saves it if it is due.
+    def step(self, step: int, metrics: Metrics | None = None) -> SaveHandle | None:
+        """Names the iteration just done, right after `optimizer.step()`. Begins to save it if it is due.
 
-        Returns the report of the save, or None if none was due or it failed (see `report.last_error`).
+        Returns the handle of the save, or None if none was due, the last one is still under way, or it could not begin
+        (see `report`). Raises nothing but the DeadlineError of `max_stale`.
         """
         self.report.steps += 1
         self._step = step
         self._note(step, metrics)
+        stale = time.monotonic() - self._durable
+        if self._max_stale is not None and stale > self._max_stale:
+            cause = self.report.last_error or "no save has ended since"
+            raise DeadlineError(f"nothing has become durable for {stale:.0f} s (max_stale={self._max_stale}): {cause}")
         try:
-            return self._store(step) if self._due(step) else None
+            return self._begin(step) if self._due(step) else None
         except Exception as e:
-            self._log_failure(f"step {step} was not saved, training goes on", e)
+            self._failed(f"step {step} was not saved, training goes on", e)
             return None
 
     def _due(self, step: int) -> bool:
-        """All ranks must answer alike, so that clocks decide only on the leader."""
-        if self._every.minutes is None:
-            return self._every.due(step, self._last)
-        try:
-            answer = self._group.round(f"due {step}", b"", lambda _: b"1" if self._every.due(step, self._last) else b"")
-        except Exception as e:
-            self._count_failure(e)
-            raise
-        return bool(answer)
+        """All ranks must answer alike: clocks, and whether a save is under way, decide only on the leader."""
+        if self._every.minutes is None and not self._every.due(step, self._last):
+            return False
+
+        def decide(_: list[bytes]) -> bytes:
+            if not self._every.due(step, self._last):
+                return b""
+            return b"skip" if self._handle is not None and not self._handle.done() else b"save"
+
+        answer = self._group.round(f"due {step}", b"", decide)
+        if answer == b"skip":
+            self.report.skipped += 1
+        return answer == b"save"
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Keeps metrics that come late (an evaluation) in the run's ledger; `KeepBest` and `run@best` see them."""
-        self._ledger.append({"step": int(step), **_numbers(metrics)})
-        self._write_ledger()
-        self._retain()
+        self._ledger.append({"step": int(step), **numbers(metrics)})
+        self._tidy()
 
     def save_now(self) -> SaveReport:
-        """Saves the last step now, unless it is saved already. Raises what `ckpt.save` raises."""
+        """Saves the last step now, unless it is saved already, and waits for it. Raises what `ckpt.save` raises."""
         if self._step is None:
             raise UsageError("save_now: no step was done yet; call step(n) first")
-        if self._saved_step == self._step and self.report.saves:
-            return self.report.saves[-1]
-        return self._store(self._step)
+        if self._saves(self._step):
+            assert self._handle is not None
+            return self._handle.result()
+        try:
+            handle = self._begin(self._step)
+        except Exception as e:
+            self._failed("", e)
+            raise
+        return handle.result()
+
+    def fence(self) -> None:
+        """Waits until no snapshot is being copied: before anything but a step of an optimizer of the state changes
+        its parameters or moments."""
+        fence_here().wait()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until all that is pending is done; True, since saves are synchronous."""
-        return True
+        """Waits until the save under way has ended, well or not; False if it has not after `timeout` seconds."""
+        return self._handle is None or self._handle.done(timeout)
 
     def close(self) -> CloseReport:
         """Stores the last step if it was not, writes the ledger and returns the counts."""
-        if self._step is not None and self._saved_step != self._step:
+        deadline = settings().deadline
+        self.wait(deadline)
+        if self._step is not None and not self._saves(self._step):
             try:
-                self._store(self._step)
+                self._begin(self._step)
             except Exception as e:
-                self._log_failure(f"the last step, {self._step}, was not saved", e)
-        self._write_ledger()
+                self._failed(f"the last step, {self._step}, was not saved", e)
+        if not self.wait(deadline):
+            log.error("ckpt: step %s is still being saved after %.0f s; it goes on", self._step, deadline)
+        if self._group.rank == 0:
+            write_rows(self._backend, self._generation or 0, self._ledger)
         self._backend.close()
         return self.report
 
@@ -328,71 +349,54 @@ class Checkpointer:
         self._metrics = {}
         if metrics:
             try:
-                self._metrics = _numbers(metrics)
+                self._metrics = numbers(metrics)
             except UsageError as e:
                 log.error("ckpt: step %d: %s", step, e)
             self._ledger.append({"step": int(step), **self._metrics})
 
-    def _store(self, step: int) -> SaveReport:
-        """One save with its bookkeeping. A step that this generation holds already counts as saved."""
-        began = time.monotonic()
-        try:
-            if self._generation is None:
-                self._open_generation(None)
-            assert self._generation is not None
-            report = _save(
-                self._backend,
-                self._state,
-                step,
-                self._generation,
-                self._metrics,
-                self._codec,
-                self._group,
-                self._planner,
-            )
-        except Exception as e:
-            self._count_failure(e)
-            raise
-        finally:
-            self._last = time.monotonic()
-            self.report.stalled += self._last - began
-        self._saved_step = self.report.last_step = step
-        self.report.committed += 1
-        self.report.bytes += report.bytes
-        self.report.saves.append(report)
-        self._write_ledger()
-        self._retain()
-        return report
+    def _saves(self, step: int) -> bool:
+        """Whether the last save is of this step and has not failed; it may be under way."""
+        handle = self._handle
+        return handle is not None and handle.step == step and (handle.committed() or not handle.done())
 
-    def _count_failure(self, e: Exception) -> None:
+    def _begin(self, step: int) -> SaveHandle:
+        if self._generation is None:
+            self._open_generation(None)
+        assert self._generation is not None
+        self._handle = begin_save(
+            self._backend,
+            self._state,
+            **_request(step, self._metrics, self._codec),
+            generation=self._generation,
+            group=self._group,
+            planner=self._planner,
+            after=lambda outcome: self._ended(step, outcome),
+        )
+        self._last = time.monotonic()
+        self.report.stalled += self._handle.stalled
+        return self._handle
+
+    def _ended(self, step: int, outcome: SaveReport | Exception) -> None:
+        """The bookkeeping of a save that has ended, in the thread that did it."""
+        if isinstance(outcome, Exception):
+            self._failed(f"step {step} was not saved, training goes on", outcome)
+            return
+        self._durable = time.monotonic()
+        self.report.last_step = step
+        self.report.committed += 1
+        self.report.bytes += outcome.bytes
+        self.report.saves.append(outcome)
+        _say(outcome, self._group)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self._group.rank == 0:
+            write_rows(self._backend, self._generation or 0, self._ledger)
+            retain(self._backend, self._keep)
+
+    def _failed(self, what: str, e: Exception) -> None:
+        """Counts a failed save, and logs it once with its cause; with the way to it only if it is not one of ours."""
         self.report.failed += 1
         self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"
-
-    def _log_failure(self, what: str, e: Exception) -> None:
-        """Once, with the cause; with the way to it only if it is not one of ours."""
-        log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)
-
-    def _write_ledger(self) -> None:
-        rows, self._ledger = self._ledger, []
-        if not rows or self._group.rank != 0:
-            return
-        name = f"g{self._generation or 0:04d}-{rows[0]['step']:08d}-{time.time_ns():x}"
-        try:
-            write_ledger(self._backend, name, rows)
-        except CkptError as e:
-            log.error("ckpt: metrics of %d steps were not written: %s", len(rows), e)
-
-    def _retain(self) -> None:
-        """Deletes what no policy keeps; a failure is logged, not raised."""
-        if not self._keep or self._group.rank != 0:
-            return
-        with suppress(ConflictError):
-            try:
-                listing = list_run(self._backend)
-                if any(isinstance(p, KeepBest) for p in self._keep):
-                    listing = with_ledger(self._backend, listing)
-                for folder, keep in kept(listing, self._keep).items():
-                    if not keep:
-                        delete_step(self._backend, folder)
-            except CkptError as e:
-                log.error("ckpt: old steps were not deleted: %s", e)
+        if what:
+            log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)

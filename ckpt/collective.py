@@ -50,6 +50,10 @@ class Group(Protocol):
         """
         ...
 
+    def beside(self) -> Group:
+        """The same ranks with a channel of their own, for one other thread. Made once, at the same place on all."""
+        ...
+
 
 @dataclass
 class Solo:
@@ -63,6 +67,9 @@ class Solo:
             raise payload
         answer = decide([payload])
         return answer if isinstance(answer, bytes) else answer[0]
+
+    def beside(self) -> Group:
+        return self
 
 
 _LEADER = b"the leader goes on"
@@ -81,11 +88,12 @@ class _StoreGroup:
     a late rank learns that a round is over.
     """
 
-    def __init__(self, store: Any, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, store: Any, rank: int, world: int, channel: str = "ckpt") -> None:
+        self.rank, self.world, self._channel = rank, world, channel
         self._store = store
+        self._beside: _StoreGroup | None = None
         # torchrun's store outlives a process group: a second one over it must not read the first one's rounds.
-        self._prefix = f"ckpt/{(self._do('add', 'ckpt/ranks', 1) - 1) // world}"
+        self._prefix = f"{channel}/{(self._do('add', f'{channel}/ranks', 1) - 1) // world}"
         self._next = 0
         self._unread = -1  # the leader's last round, until every rank is known to have read it
         self._large: list[list[str]] = []  # keys of the last rounds with content worth dropping
@@ -93,6 +101,14 @@ class _StoreGroup:
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self.may_hold_the_store = rank == 0 and type(store).__name__ == "TCPStore"
+
+    def beside(self) -> _StoreGroup:
+        """See `Group.beside`. A store's client does one thing at a time: the other thread needs one of its own."""
+        if self._beside is None:
+            store = self._store.clone() if hasattr(self._store, "clone") else self._store
+            self._beside = _StoreGroup(store, self.rank, self.world, f"{self._channel}-beside")
+            self._beside.may_hold_the_store = self.may_hold_the_store
+        return self._beside
 
     def _key(self, number: int, what: str) -> str:
         return f"{self._prefix}/{number}/{what}"
@@ -290,7 +306,7 @@ _groups: dict[int, _StoreGroup] = {}
 @atexit.register
 def linger() -> None:
     """What a process does last, so that a save that rank 0 saw succeed does so for ranks that are slower to hear."""
-    for group in _groups.values():
+    for group in [g for first in _groups.values() for g in (first, first._beside) if g is not None]:
         if group.may_hold_the_store:
             group.linger()
 

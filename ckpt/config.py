@@ -51,6 +51,8 @@ class Settings:
     writers       CKPT_WRITERS       threads that write a pack (3)
     readers       CKPT_READERS       threads that read; 0: the cores of this host over its ranks, at most 4 (0)
     direct        CKPT_DIRECT        1: write with direct I/O where the filesystem allows it (1)
+    copy_gbps     CKPT_COPY_GBPS     GB/s at which a snapshot is copied beside training; 0: as fast as it goes (0)
+    check_copies  CKPT_CHECK_COPIES  1: hash samples before and after such a copy, and name what changed (0)
     """
 
     deadline: float = 600.0
@@ -59,6 +61,8 @@ class Settings:
     writers: int = 3
     readers: int = 0
     direct: bool = True
+    copy_gbps: float = 0.0
+    check_copies: bool = False
 
     def __post_init__(self) -> None:
         if not self.deadline > 0:
@@ -67,6 +71,8 @@ class Settings:
             raise UsageError("CKPT_BUFFER_MIB: 1 to 256; CKPT_BUFFERS: 2 to 64")
         if not 1 <= self.writers <= 64 or not 0 <= self.readers <= 64:
             raise UsageError("CKPT_WRITERS: 1 to 64; CKPT_READERS: 0 to 64")
+        if not self.copy_gbps >= 0:
+            raise UsageError("CKPT_COPY_GBPS: 0 or more GB/s")
 
 
 def settings(env: Mapping[str, str] | None = None) -> Settings:
@@ -74,7 +80,14 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
     env = os.environ if env is None else env
     default = Settings()
     out: dict[str, float | int | bool] = {}
-    for field, kind in (("deadline", float), ("buffer_mib", int), ("buffers", int), ("writers", int), ("readers", int)):
+    for field, kind in (
+        ("deadline", float),
+        ("buffer_mib", int),
+        ("buffers", int),
+        ("writers", int),
+        ("readers", int),
+        ("copy_gbps", float),
+    ):
         text = env.get(f"CKPT_{field.upper()}")
         if text is not None:
             try:
@@ -82,6 +95,7 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
             except ValueError:
                 raise UsageError(f"CKPT_{field.upper()}={text!r}: not a number") from None
     out["direct"] = env.get("CKPT_DIRECT", "1") not in ("0", "false", "no")
+    out["check_copies"] = env.get("CKPT_CHECK_COPIES", "0") not in ("0", "false", "no")
     return Settings(**{**default.__dict__, **out})
 
 

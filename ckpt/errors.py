@@ -10,6 +10,7 @@
     ├── IntegrityError    kind "integrity"                       bytes differ from what was written; use an older step
     ├── UnsafeError       kind "unsafe"                          pickled content; pass allow_pickle=True if you trust it
     ├── StorageError      kind "storage"    (OSError)            the storage failed; a retry may help
+    ├── CapacityError     kind "capacity"   (MemoryError)        this host has not the memory that was asked for
     ├── DeadlineError     kind "deadline"   (TimeoutError)       somebody did not answer in time
     └── PeerError         kind "peer"       (RuntimeError)       another rank failed for a reason of its own
 
@@ -20,6 +21,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CapacityError",
     "CkptError",
     "ConflictError",
     "DeadlineError",
@@ -97,6 +99,12 @@ class StorageError(CkptError, OSError):
     kind = "storage"
 
 
+class CapacityError(CkptError, MemoryError):
+    """The memory for snapshots cannot be reserved; nothing was taken."""
+
+    kind = "capacity"
+
+
 class DeadlineError(CkptError, TimeoutError):
     """A rank or a process did not answer before the deadline."""
 
@@ -121,6 +129,7 @@ _BY_KIND = {
         IntegrityError,
         UnsafeError,
         StorageError,
+        CapacityError,
         DeadlineError,
         PeerError,
     )

@@ -53,6 +53,7 @@ class Leader:
         self.metrics, self.codecs, self.memory = metrics, codecs, memory
         self.attempt = self.writer = ""
         self.publishing = False
+        self.made: Plan | None = None  # this save's plan; the memory's may be a later one by the time of the commit
         self.objects: list[ObjectEntry] = []
         self.aliases: dict[str, str] = {}
 
@@ -80,13 +81,13 @@ class Leader:
         self.objects, undeclared = _merge_objects([h["objects"] for h in heads])
         self.aliases = _merge_aliases([h["aliases"] for h in heads])
         self.attempt, self.writer = claim_attempt(self.backend, self.folder, self.world)
-        plan = memory.plan
+        plan = self.made = memory.plan
         told = {"attempt": self.attempt, "key": key, "per_rank": [*plan.per_rank, *undeclared]}
         return [_assignment(plan, rank, told, heads[rank]["plan"] != key) for rank in range(self.world)]
 
     def commit(self, letters: list[bytes]) -> bytes:
         """Every rank has written: the manifest, then the commit."""
-        plan = self.memory.plan
+        plan = self.made
         assert plan is not None
         table, column = _codec_column(plan, self.codecs)
         reports = [_decode_report(m) for m in letters]

@@ -23,6 +23,7 @@ from ckpt.commit import Commit, read_commit, read_manifest
 from ckpt.config import undisturbed
 from ckpt.errors import MismatchError
 from ckpt.fill import Fill, fill
+from ckpt.snapshot.fence import fence_here
 from ckpt.stored import ReadStats
 from ckpt.targets import LoadOptions, Matching, matches
 
@@ -150,6 +151,7 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
 
 def _read(backend: Backend, folder: str, plan: Matching) -> ReadStats:
     """Reads every tensor in place, then sets the values."""
+    fence_here().wait()  # an unfinished snapshot must not see what is loaded
     for action in plan.begin:
         action()
     wanted = [

@@ -87,17 +87,27 @@ def _raw(array: npt.NDArray[np.generic]) -> memoryview:
 
 def _partly(manifest: Manifest, target: Target) -> Iterator[Segment]:
     """The segments of a target that is not one stored fragment."""
+    box, array = target.box, target.array
     spec, found = manifest.tensors[target.tensor], 0
     base, item = int(manifest.start[target.tensor]), dtype(spec.dtype).itemsize
-    for k, stored in _touching(manifest, target.tensor, target.box):
-        common = stored & target.box
+    memory = _raw(array) if array.flags.c_contiguous else None
+    row = array.nbytes // box.shape[0] if box.shape else 0
+    for k, stored in _touching(manifest, target.tensor, box):
+        if memory is not None and stored.offset[1:] == box.offset[1:] and stored.shape[1:] == box.shape[1:]:
+            # Whole rows of the same width, one run on both sides: what resharding along the first axis comes down to.
+            lo = max(stored.offset[0], box.offset[0])
+            hi = min(stored.offset[0] + stored.shape[0], box.offset[0] + box.shape[0])
+            if lo < hi:
+                found += (hi - lo) * row // item
+                first, n, at = (lo - stored.offset[0]) * row, (hi - lo) * row, (lo - box.offset[0]) * row
+                yield from _runs(base + k, target, stored, first, n, at, item, memory)
+            continue
+        common = stored & box
         if common is not None:
             found += common.numel
-            yield from _segments(base + k, stored, common, target, item)
-    if found != target.box.numel:
-        raise FormatError(
-            f"tensor {spec.key!r}: the manifest holds {found} of the {target.box.numel} elements of {target.box}"
-        )
+            yield from _segments(base + k, stored, common, target, item, memory)
+    if found != box.numel:
+        raise FormatError(f"tensor {spec.key!r}: the manifest holds {found} of the {box.numel} elements of {box}")
 
 
 def _touching(manifest: Manifest, t: int, box: Box) -> Iterator[tuple[int, Box]]:
@@ -112,15 +122,15 @@ def _touching(manifest: Manifest, t: int, box: Box) -> Iterator[tuple[int, Box]]
         yield k, Box(tuple(offset), tuple(shape))
 
 
-def _segments(row: int, stored: Box, common: Box, target: Target, item: int) -> Iterator[Segment]:
+def _segments(
+    row: int, stored: Box, common: Box, target: Target, item: int, memory: memoryview | None
+) -> Iterator[Segment]:
     inside, there = common.relative_to(stored), common.relative_to(target.box)
     total = stored.numel * item
     source = contiguous_span(stored.shape, inside)
-    place = contiguous_span(target.box.shape, there) if target.array.flags.c_contiguous else None
-    if source is not None and place is not None:
-        yield from _runs(
-            row, target.tensor, stored, source[0] * item, source[1] * item, total, target.array, place[0] * item, item
-        )
+    place = contiguous_span(target.box.shape, there)
+    if memory is not None and source is not None and place is not None:
+        yield from _runs(row, target, stored, source[0] * item, source[1] * item, place[0] * item, item, memory)
         return
     out = target.array[there.slices]
     for slab in _slabs(stored.shape, inside, item):
@@ -132,23 +142,24 @@ def _segments(row: int, stored: Box, common: Box, target: Target, item: int) -> 
 
 
 def _runs(
-    row: int, tensor: int, stored: Box, lo: int, n: int, total: int, array: npt.NDArray[np.generic], at: int, item: int
+    row: int, target: Target, stored: Box, lo: int, n: int, at: int, item: int, memory: memoryview
 ) -> Iterator[Segment]:
-    """Bytes [lo, lo+n) of a fragment, one run in the target too: whole blocks in place, the edges through scratch."""
-    flat, memory = array.reshape(-1), _raw(array)
+    """Bytes [lo, lo+n) of a fragment, one run in the target too, from its byte `at`: whole blocks in place, the edges
+    through scratch."""
+    total = stored.numel * item
     hi = lo + n
     inner_lo = min(-(-lo // BLOCK) * BLOCK, hi)
     inner_hi = hi if hi == total else max(hi // BLOCK * BLOCK, inner_lo)
+    if inner_lo < inner_hi:
+        first, count, nbytes = _blocks(inner_lo, inner_hi, total)
+        direct = memory[at + inner_lo - lo : at + inner_hi - lo]
+        yield Segment(row, target.tensor, stored.shape, first, count, nbytes, direct)
     for a, b in ((lo, inner_lo), (inner_hi, hi)):
         if a < b:
             first, count, nbytes = _blocks(a, b, total)
-            view = flat[(at + a - lo) // item : (at + b - lo) // item]
-            yield Segment(
-                row, tensor, stored.shape, first, count, nbytes, None, Box((a // item,), ((b - a) // item,)), view
-            )
-    if inner_lo < inner_hi:
-        first, count, nbytes = _blocks(inner_lo, inner_hi, total)
-        yield Segment(row, tensor, stored.shape, first, count, nbytes, memory[at + inner_lo - lo : at + inner_hi - lo])
+            view = target.array.reshape(-1)[(at + a - lo) // item : (at + b - lo) // item]
+            box = Box((a // item,), ((b - a) // item,))
+            yield Segment(row, target.tensor, stored.shape, first, count, nbytes, None, box, view)
 
 
 def _blocks(lo: int, hi: int, total: int) -> tuple[int, int, int]:
@@ -274,8 +285,8 @@ def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None]
 
     def work() -> None:
         nonlocal total
-        scratch = memoryview(np.empty(_SCRATCH, dtype=np.uint8))
         try:
+            scratch = memoryview(np.empty(_SCRATCH, dtype=np.uint8))
             while not failed:
                 with lock:
                     job = next(jobs, None)

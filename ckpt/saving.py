@@ -31,7 +31,7 @@ from ckpt.shards import Held
 from ckpt.state import Leaves, TensorLeaf, collect
 from ckpt.write import PackReport, Ring, Source, source_of, write_pack
 
-__all__ = ["Planner", "SaveReport", "save_state"]
+__all__ = ["Agreed", "Planner", "SaveReport", "Work", "agree", "commit", "prepare", "ring", "save_state", "sources_of"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Planner:
     sent: str = ""
     digests: frozenset[str] = frozenset()
     assignment: _Assignment | None = None
-    work: _Work | None = None
+    work: Work | None = None
     memory: Memory = field(default_factory=Memory)  # used on the leader
 
 
 _rings: dict[tuple[int, int, int, int], Ring] = {}
 
 
-def _ring(config: Settings) -> Ring:
+def ring(config: Settings) -> Ring:
     """The process's ring: reserved once, whoever saves. A fork has none of its parent's threads, and needs its own."""
     key = (os.getpid(), config.buffer_mib, config.buffers, config.writers)
     if key not in _rings:
@@ -89,7 +89,7 @@ class _Assignment:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """An assignment made ready: pieces, their layout, and where each is: (claim, piece of it, box within that)."""
 
     key: str
@@ -119,40 +119,90 @@ def save_state(
     Raises on every rank, with nothing published: UsageError or LayoutError for a state that cannot be saved,
     ConflictError if the step exists, StorageError, DeadlineError or PeerError for what failed on the way.
     """
+    agreed = agree(
+        backend, state, step=step, generation=generation, metrics=metrics, codecs=codecs, group=group, planner=planner,
+        failure=failure,
+    )  # fmt: skip
+    report: PackReport | None = None
+    payload: bytes | Exception
+    try:
+        work = prepare(planner, agreed, codecs)
+        if work.pieces:
+            sources = sources_of(agreed, work)
+            report = write_pack(backend, agreed.path(group.rank), work.pieces, sources, ring(settings()), work.layout)
+        payload = encode_report(report)
+    except Exception as e:
+        payload = e
+    return commit(agreed, group, payload, report)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A save that all ranks agreed on: what this rank has (`leaves`, in the order of its claims) and what to write.
+
+    Ends in `commit`, on every rank, whatever happens in between.
+    """
+
+    lead: Leader
+    leaves: Sequence[TensorLeaf]
+    assignment: _Assignment
+    attempt: str
+    per_rank: tuple[str, ...]
+    began: float
+    planned: float
+
+    def path(self, rank: int) -> str:
+        return f"{self.lead.folder}/{self.attempt}/rank-{rank:05d}.safetensors"
+
+
+def agree(
+    backend: Backend,
+    state: Any,
+    *,
+    step: int,
+    generation: int,
+    metrics: Mapping[str, float],
+    codecs: Sequence[tuple[str, Codec]],
+    group: Group,
+    planner: Planner,
+    failure: Exception | None = None,
+) -> Agreed:
+    """The first half of a save; see `save_state`."""
     began = time.monotonic()
     folder = step_folder(step, generation)
     lead = Leader(backend, folder, step, generation, group.world, metrics, codecs, planner.memory)
     try:
         leaves, assignment, told = _agree(lead, state, group, planner, failure)
-        planned = time.monotonic()
-        path = f"{folder}/{told['attempt']}/rank-{group.rank:05d}.safetensors"
-        report: PackReport | None = None
-        payload: bytes | Exception
-        try:
-            work = _prepare(planner, assignment, leaves, codecs)
-            if work.pieces:
-                sources = [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
-                report = write_pack(backend, path, work.pieces, sources, _ring(settings()), work.layout)
-            payload = encode_report(report)
-        except Exception as e:
-            payload = e
-        written = time.monotonic()
-        answer = group.round(f"commit {folder}", payload, lead.commit)
-        total, _ = decode(answer)
+    except BaseException as e:
+        lead.clean_up(group.rank, e)
+        raise
+    return Agreed(lead, leaves, assignment, told["attempt"], tuple(told["per_rank"]), began, time.monotonic())
+
+
+def commit(agreed: Agreed, group: Group, payload: bytes | Exception, report: PackReport | None) -> SaveReport:
+    """The second half: `payload` is this rank's encoded report, or what kept it from having one."""
+    lead, written = agreed.lead, time.monotonic()
+    try:
+        total, _ = decode(group.round(f"commit {lead.folder}", payload, lead.commit))
     except BaseException as e:
         lead.clean_up(group.rank, e)
         raise
     return SaveReport(
-        ref=f"{backend.root}/{folder}",
-        step=step,
-        generation=generation,
+        ref=f"{lead.backend.root}/{lead.folder}",
+        step=lead.step,
+        generation=lead.generation,
         bytes=total,
         bytes_here=report.size if report else 0,
-        seconds=time.monotonic() - began,
-        seconds_plan=planned - began,
-        seconds_write=written - planned,
-        per_rank=tuple(told["per_rank"]),
+        seconds=time.monotonic() - agreed.began,
+        seconds_plan=agreed.planned - agreed.began,
+        seconds_write=written - agreed.planned,
+        per_rank=agreed.per_rank,
     )
+
+
+def sources_of(agreed: Agreed, work: Work) -> list[Source]:
+    """The bytes of the pieces that this rank writes, where they are in its state."""
+    return [source_of(agreed.leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
 
 
 def _agree(
@@ -241,11 +291,9 @@ def _encode_claims(claims: Claims, leaves: Leaves, full: bool, plan: str) -> byt
     return encode(head, **arrays)
 
 
-def _prepare(
-    planner: Planner, assignment: _Assignment, leaves: Sequence[TensorLeaf], codecs: Sequence[tuple[str, Codec]]
-) -> _Work:
+def prepare(planner: Planner, agreed: Agreed, codecs: Sequence[tuple[str, Codec]]) -> Work:
     """The assigned fragments and their layout; those of the last save if nothing changed."""
-    work = planner.work
+    work, assignment, leaves = planner.work, agreed.assignment, agreed.leaves
     if work is not None and (work.key, work.codecs) == (assignment.key, tuple(codecs)):
         return work
     pieces, places = [], []
@@ -256,5 +304,5 @@ def _prepare(
         spec = TensorSpec(name, h.dtype, h.shape, assignment.variants.get(str(i), ""), h.layout)
         pieces.append(Piece(spec, box, choose_codec(name, codecs)))
         places.append((i, k, box.relative_to(at)))
-    planner.work = _Work(assignment.key, tuple(codecs), tuple(pieces), layout_pack(pieces), tuple(places))
+    planner.work = Work(assignment.key, tuple(codecs), tuple(pieces), layout_pack(pieces), tuple(places))
     return planner.work

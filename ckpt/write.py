@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import queue
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.fragment import contiguous_span, flat_boxes, whole
 from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
 
-__all__ = ["PackReport", "Ring", "Source", "write_pack"]
+__all__ = ["PackReport", "Ring", "Source", "pack_report", "source_of", "write_buffer", "write_pack"]
 
 Bytes = npt.NDArray[np.uint8]
 _COPY = 1 << 20
@@ -60,6 +61,11 @@ class Source:
         if view.is_contiguous() and view.device.type == "cpu" and self.nbytes:
             memory = (ctypes.c_ubyte * self.nbytes).from_address(view.data_ptr())
             self.flat = np.frombuffer(memory, dtype=np.uint8)
+
+    @staticmethod
+    def of_bytes(flat: Bytes) -> Source:
+        """A fragment that is in memory as it is to be stored."""
+        return Source(torch.from_numpy(flat))
 
     def into(self, start: int, out: Bytes) -> None:
         """Copies bytes [start, start+len(out)) of the fragment, row-major. Both ends are on elements."""
@@ -122,8 +128,13 @@ def write_pack(
     except BaseException:
         upload.abort()
         raise
-    back = np.empty(len(pieces), dtype=np.int64)
-    back[layout.order] = np.arange(len(pieces))
+    return pack_report(layout, header, table)
+
+
+def pack_report(layout: PackLayout, header: bytes, table: Bytes) -> PackReport:
+    """What a writer says about a pack; by the order of the pieces that the layout was made of."""
+    back = np.empty(len(layout.order), dtype=np.int64)
+    back[layout.order] = np.arange(len(layout.order))
     return PackReport(
         size=layout.size,
         data_start=layout.data_start,
@@ -136,6 +147,37 @@ def write_pack(
         length=layout.length[back],
         block=layout.block[back],
     )
+
+
+def write_buffer(backend: Backend, path: str, pack: Bytes, threads: ThreadPoolExecutor, chunk: int) -> None:
+    """Writes a pack that is complete in memory durably, in chunks of `chunk` bytes (whole pages), in parallel.
+
+    On any failure, of any thread, nothing is left and the error is raised.
+    """
+    upload = backend.new(path, len(pack))
+    failed = threading.Event()
+    parts: list[Future[None]] = []
+
+    def write(at: int) -> None:
+        if failed.is_set():
+            return
+        try:
+            upload.write(at, memoryview(pack)[at : at + chunk])
+        except BaseException:
+            failed.set()
+            raise
+
+    try:
+        parts += [threads.submit(write, at) for at in range(0, len(pack), chunk)]
+        wait(parts)
+        for part in parts:
+            part.result()
+        upload.finish()
+    except BaseException:
+        failed.set()
+        wait(parts)  # nobody writes to a file that is closed
+        upload.abort()
+        raise
 
 
 def _stream_data(layout: PackLayout, sources: Sequence[Source], stream: _Stream) -> tuple[list[int], Bytes]:
@@ -244,8 +286,11 @@ class _Stream:
             if self._buffer is not None:
                 self._ring.give(self._buffer)
                 self._buffer = None
-            for future in self._pending:
-                future.result()
+            try:
+                wait(self._pending)
+            except BaseException as e:  # interrupted: those under way still have to end before the file is closed
+                self._error.append(e)
+                wait(self._pending)
         if self._error:
             raise self._error[0]
 

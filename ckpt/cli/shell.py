@@ -28,6 +28,7 @@ EXIT_CODES = {
     "not-found": 3,
     "conflict": 4,
     "storage": 5,
+    "capacity": 5,
     "deadline": 5,
     "peer": 5,
 }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import ckpt
-from ckpt import catalog, checkpointer, faults
+from ckpt import catalog, faults, upkeep
 from ckpt.backends import LocalBackend
 from ckpt.checkpoint import Checkpoint
 from ckpt.offline.prune import carry_out, plan_prune
@@ -222,6 +222,7 @@ def _loop(run: str, steps: int) -> ckpt.Checkpointer:
         for step in range(start, start + steps):
             live["model"], live["note"] = state(step)["model"], state(step)["note"]
             cp.step(step, metrics={"loss": 1.0 / (step + 1)})
+            cp.wait()
     assert cp.report.failed == 0, cp.report.last_error
     return cp
 
@@ -309,7 +310,7 @@ def _commit_deleted_last() -> None:
         catalog.delete_tree(backend, f"{folder}/a0")
         catalog.delete_tree(backend, folder)
 
-    checkpointer.delete_step = packs_first  # type: ignore[attr-defined]
+    upkeep.delete_step = packs_first  # type: ignore[attr-defined]
 
 
 def _written_in_place() -> None:

@@ -44,7 +44,8 @@ def main() -> None:
         model(torch.randn(8, 6)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if cp.step(step) is not None and rank == 0:
+        handle = cp.step(step)
+        if handle is not None and handle.committed(None) and rank == 0:
             (args.out / f"saved-{step + 1}").touch()
     report = cp.close()
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]

@@ -56,7 +56,8 @@ class Loop:
         self.live["w"].fill_(self.step)
         self.live["note"] = self.step
         failed = self.cp.report.failed
-        ok = self.cp.step(self.step) is not None
+        handle = self.cp.step(self.step)
+        ok = handle is not None and handle.committed(None)
         assert self.cp.report.failed == failed + (not ok)
         if ok and self.step:
             self.saved.insert(0, self.step)

@@ -64,9 +64,10 @@ class Job:
     def save(self, **metrics: Any) -> str:
         """ "saved", or the cause."""
         failed = self.cp.report.failed
-        report = self.cp.step(self.step, metrics=metrics)
-        assert (report is None) == (self.cp.report.failed == failed + 1)
-        return "saved" if report is not None else self.cp.report.last_error
+        handle = self.cp.step(self.step, metrics=metrics)
+        saved = handle is not None and handle.committed(None)
+        assert saved == (self.cp.report.failed == failed) and not self.cp.report.skipped
+        return "saved" if saved else self.cp.report.last_error
 
     def check(self, saved: list[int]) -> None:
         """The committed steps are these and no others, and every one is what was saved then."""
@@ -394,7 +395,7 @@ def test_metrics_of_any_kind_stop_no_loop(tmp_path: Path) -> None:
     cp = ckpt.Checkpointer(tmp_path / "run", {"x": 1}, storage=ckpt.Every(1))
     cp.restore()
     for step, bad in enumerate([torch.zeros(2), "much", None, object(), 10**400, {}, torch.tensor(float("nan"))]):
-        assert cp.step(step, metrics={"loss": bad}) is not None, cp.report.last_error
+        assert cp.step(step, metrics={"loss": bad}).committed(None), cp.report.last_error
     assert cp.close().failed == 0
 
 

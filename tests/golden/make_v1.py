@@ -146,6 +146,7 @@ def _save(run: str, rank: int) -> None:
     cp = ckpt.Checkpointer(run, second(True, rank), storage=ckpt.Every(1), codec=codec)
     cp._open_generation("step-00000001.g0000")
     cp.step(2, metrics={"loss": 1.5, "val_loss": 1.25})
+    cp.wait()
     cp._state = third()
     cp.step(3, metrics={"loss": 0.5})
     assert cp.close().committed == 2, cp.report.last_error

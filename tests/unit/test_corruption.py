@@ -225,7 +225,7 @@ def two_steps(tmp_path: Path) -> tuple[str, Callable[[], ckpt.Checkpointer]]:
     assert cp.restore() == 0
     for step in (0, 1):
         live.update(state(step + 10))
-        assert cp.step(step) is not None
+        assert cp.step(step).committed(None)
     cp.close()
     live.update(state(0))
     return run, lambda: ckpt.Checkpointer(run, live, storage=ckpt.Every(1))
@@ -272,7 +272,7 @@ def test_restore_falls_back_and_says_so(tmp_path: Path, damage: str, caplog: pyt
     assert len(loud) == 1 and name in loud[0] and "step-00000000.g0001" in loud[0]
     # The job goes on from there, and what it saves is the present.
     cp._state.update(state(20))
-    assert cp.step(1) is not None
+    assert cp.step(1).committed(None)
     assert not load(run) and not verify(run)
     target = state(0)
     assert ckpt.load(target, run).generation == 2 and content(target) == content(state(20))

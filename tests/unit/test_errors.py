@@ -18,6 +18,7 @@ KINDS = {
     "integrity": (errors.IntegrityError, errors.CkptError),
     "unsafe": (errors.UnsafeError, errors.CkptError),
     "storage": (errors.StorageError, OSError),
+    "capacity": (errors.CapacityError, MemoryError),
     "deadline": (errors.DeadlineError, TimeoutError),
     "peer": (errors.PeerError, RuntimeError),
 }

@@ -191,11 +191,10 @@ def test_of_two_slow_writers_one_commits(tmp_path: Path, save: Save) -> None:
 
 
 def _save_through(backend: FaultyBackend, step: int) -> None:
-    from ckpt.checkpointer import _save
     from ckpt.collective import Solo
-    from ckpt.saving import Planner
+    from ckpt.saving import Planner, save_state
 
-    _save(backend, state(step), step, 0, None, None, Solo(), Planner())
+    save_state(backend, state(step), step=step, generation=0, metrics={}, codecs=(), group=Solo(), planner=Planner())
 
 
 def test_a_prune_that_fails_half_way_goes_on_the_next_time(tmp_path: Path, save: Save) -> None:

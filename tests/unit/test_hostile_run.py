@@ -187,7 +187,7 @@ def test_folders_and_files_in_each_other_s_place(run: Path) -> None:
     assert ckpt.load(state(), run).step == 0
     cp = ckpt.Checkpointer(run, state(2), storage=ckpt.Every(1))
     assert cp.restore() == 1
-    cp.step(1)
+    assert cp.step(1).committed(None)
     assert cp.report.failed == 0 and ckpt.load(state(), run).step == 1
 
 

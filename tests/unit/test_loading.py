@@ -125,6 +125,7 @@ def test_metrics_that_come_late_count_for_the_best(tmp_path: Path) -> None:
     cp, _ = loop(tmp_path / "run", keep=[ckpt.KeepLast(2), ckpt.KeepBest("val_loss")])
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
         cp.step(step)
+        assert cp.wait()
         cp.record(step, {"val_loss": loss})
     cp.close()
     with ckpt.open(f"{tmp_path / 'run'}@best") as c:
@@ -135,7 +136,7 @@ def test_metrics_that_come_late_count_for_the_best(tmp_path: Path) -> None:
 def test_saving_twice_is_saving_once_and_a_rollback_saves_again(tmp_path: Path) -> None:
     cp, _ = loop(tmp_path / "run", keep=[])
     first = cp.step(0)
-    assert cp.save_now() == first
+    assert first is not None and cp.save_now() == first.result()
     assert cp.report.failed == 0
     cp.restore(f"{tmp_path / 'run'}@0")
     cp.step(0)

@@ -374,6 +374,7 @@ def test_loop_restores_rolls_back_and_continues(tmp_path: Path, caplog: pytest.L
             with torch.no_grad():
                 model.weight += 1
             cp.step(step, metrics={"loss": 1.0 / (step + 1)})
+            assert cp.wait()
         cp.record(start, {"val_loss": 0.5})
         report = cp.close()
         assert report.failed == 0

@@ -1,0 +1,243 @@
+"""Saves that go on while training does: snapshot in a slot of this process -> storage -> commit, in two threads.
+
+One save at a time: it holds the process's one slot from its first copied byte to its commit. The main thread agrees
+with the other ranks and copies what may change at any moment; a second thread copies the rest, behind the fence; a
+third writes, and agrees on the commit over a channel of its own, never over the user's process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ckpt.backends import Backend
+from ckpt.collective import Group
+from ckpt.config import Settings, settings
+from ckpt.errors import CkptError, DeadlineError
+from ckpt.format.codec import Codec, choose_codec
+from ckpt.leading import encode_report
+from ckpt.saving import Agreed, Planner, SaveReport, Work, agree, commit, prepare, ring, sources_of
+from ckpt.snapshot.arena import Slot
+from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.fence import fence_here, owned_storages
+from ckpt.state import walk
+from ckpt.write import PackReport, Source, write_buffer, write_pack
+
+__all__ = ["SaveHandle", "begin_save"]
+
+log = logging.getLogger("ckpt")
+
+
+class SaveHandle:
+    """A save under way. Nothing about it is collective."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.stalled = 0.0
+        """Seconds that its beginning held up this rank."""
+        self._staged, self._done = threading.Event(), threading.Event()
+        self._report: SaveReport | None = None
+        self._error: Exception | None = None
+
+    def staged(self, timeout: float | None = 0.0) -> bool:
+        """Whether the state is copied, so that anything may change it; waits up to `timeout` seconds for that.
+
+        A step of an optimizer in the state waits by itself.
+        """
+        return self._staged.wait(timeout)
+
+    def done(self, timeout: float | None = 0.0) -> bool:
+        """Whether it has ended, well or not; waits up to `timeout` seconds for that."""
+        return self._done.wait(timeout)
+
+    def committed(self, timeout: float | None = 0.0) -> bool:
+        """Whether the checkpoint exists; waits up to `timeout` seconds for the save to end. False if it failed."""
+        return self._done.wait(timeout) and self._error is None
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """The report, once it is committed. Raises what `ckpt.save` would have; DeadlineError after `timeout`."""
+        if not self._done.wait(timeout):
+            raise DeadlineError(f"the save of step {self.step} is not done after {timeout} s; it goes on")
+        if self._error is not None:
+            raise self._error
+        assert self._report is not None
+        return self._report
+
+    def _end(self, outcome: SaveReport | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self._error = outcome
+        else:
+            self._report = outcome
+        self._staged.set()
+        self._done.set()
+
+
+@dataclass
+class _Process:
+    """What a process keeps for its background saves. A fork has none of its parent's threads, and makes its own."""
+
+    copying: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ckpt-copy"))
+    saving: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ckpt-save"))
+    slot: Slot | None = None
+    last: SaveHandle | None = None
+
+    def slot_of(self, size: int) -> Slot:
+        """The slot, made larger if the pack has grown. Raises CapacityError."""
+        if self.slot is None or self.slot.size < size:
+            if self.slot is not None:
+                self.slot.close()
+                self.slot = None
+            self.slot = Slot(size)
+        return self.slot
+
+
+_processes: dict[int, _Process] = {}
+
+
+def _process() -> _Process:
+    return _processes.setdefault(os.getpid(), _Process())
+
+
+def begin_save(
+    backend: Backend,
+    state: Any,
+    *,
+    step: int,
+    generation: int,
+    metrics: Mapping[str, float],
+    codecs: Sequence[tuple[str, Codec]],
+    group: Group,
+    planner: Planner,
+    failure: Exception | None = None,
+    after: Callable[[SaveReport | Exception], None] | None = None,
+) -> SaveHandle:
+    """Begins a save and returns; collective over `group`. `after` is called with its outcome, in the saving thread.
+
+    Waits for the previous save of this process, whose slot it takes. Raises, on every rank, what agreeing raises:
+    UsageError, LayoutError, ConflictError, PeerError; all that fails later is told by the handle.
+    """
+    began = time.monotonic()
+    here, own = _process(), group.beside()
+    if here.last is not None and not here.last.done(settings().deadline):
+        raise DeadlineError(f"step {here.last.step} is still being saved after {settings().deadline:.0f} s")
+    agreed = agree(
+        backend, state, step=step, generation=generation, metrics=metrics, codecs=codecs, group=group, planner=planner,
+        failure=failure,
+    )  # fmt: skip
+    handle = here.last = SaveHandle(step)
+    taken: _Taken | Exception
+    try:
+        taken = _take(here, state, agreed, prepare(planner, agreed, ()))
+    except Exception as e:
+        taken = e  # the others wait for this rank's part in the commit
+    if isinstance(taken, _Taken) and taken.snapshot is not None:
+        handle._staged = taken.snapshot.copied
+    here.saving.submit(_finish, here, handle, agreed, taken, codecs, own, after)
+    handle.stalled = time.monotonic() - began
+    return handle
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A snapshot under way and the work it is made from; no snapshot on a rank that has nothing to write."""
+
+    work: Work
+    snapshot: Snapshot | None
+    rest: Any  # the future of the lazy copies
+
+
+def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
+    """Copies what has no fence, and starts copying the rest."""
+    if not work.pieces:
+        return _Taken(work, None, None)
+    config = settings()
+    optimizers = [v for _, v, _, _ in walk(state) if isinstance(v, torch.optim.Optimizer)]
+    fence = fence_here()
+    for optimizer in optimizers:
+        fence.guard(optimizer)
+    owned = owned_storages(optimizers)
+    views = [agreed.leaves[i].held.pieces[k][1] for i, k, _ in work.places]
+    lazy = [view.untyped_storage().data_ptr() in owned for view in views]
+    slot = here.slot_of(work.layout.size)
+    snapshot = Snapshot(work.layout, sources_of(agreed, work), lazy, slot.buffer, checked=config.check_copies)
+    fence.put(snapshot.copied)
+    return _Taken(work, snapshot, here.copying.submit(snapshot.copy_rest, _pace(config)))
+
+
+def _pace(config: Settings) -> Callable[[int], None]:
+    """Called with the bytes of each chunk that was copied: waits where that was faster than the cap."""
+    rate, began, done = config.copy_gbps * 1e9, time.monotonic(), 0
+    never = threading.Event()
+
+    def paced(n: int) -> None:
+        nonlocal done
+        done += n
+        if rate:
+            never.wait(max(0.0, began + done / rate - time.monotonic()))
+
+    return paced
+
+
+def _finish(
+    here: _Process,
+    handle: SaveHandle,
+    agreed: Agreed,
+    taken: _Taken | Exception,
+    codecs: Sequence[tuple[str, Codec]],
+    group: Group,
+    after: Callable[[SaveReport | Exception], None] | None,
+) -> None:
+    """The rest of a save, in the saving thread: until it is committed, or known on all ranks to have failed."""
+    outcome: SaveReport | Exception
+    try:
+        report: PackReport | None = None
+        payload: bytes | Exception
+        try:
+            if isinstance(taken, Exception):
+                raise taken
+            if taken.snapshot is not None:
+                taken.rest.result()
+                report = _persist(agreed, taken.work, taken.snapshot, codecs, group)
+            payload = encode_report(report)
+        except Exception as e:
+            payload = e
+        outcome = commit(agreed, group, payload, report)
+    except Exception as e:
+        outcome = e
+    if after is not None:
+        try:
+            after(outcome)
+        except Exception as e:
+            log.error("ckpt: after the save of step %d: %s", handle.step, e, exc_info=e)
+    elif isinstance(outcome, Exception):
+        log.error(
+            "ckpt: the save of step %d failed: %s", handle.step, outcome,
+            exc_info=None if isinstance(outcome, CkptError) else outcome,
+        )  # fmt: skip
+    handle._end(outcome)
+
+
+def _persist(
+    agreed: Agreed, work: Work, snapshot: Snapshot, codecs: Sequence[tuple[str, Codec]], group: Group
+) -> PackReport:
+    """Slot -> storage: as it is, or laid out anew where a codec applies."""
+    sealed, backend, path = snapshot.seal(), agreed.lead.backend, agreed.path(group.rank)
+    config = settings()
+    buffers = ring(config)
+    pieces = [replace(p, codec=choose_codec(p.tensor.name, codecs)) for p in work.pieces]
+    if any(p.codec for p in pieces):
+        return write_pack(backend, path, pieces, list(_stored(snapshot, len(pieces))), buffers)
+    write_buffer(backend, path, snapshot.buffer, buffers.threads, config.buffer_mib << 20)
+    return sealed
+
+
+def _stored(snapshot: Snapshot, n: int) -> Iterator[Source]:
+    return (Source.of_bytes(snapshot.fragment(k)) for k in range(n))

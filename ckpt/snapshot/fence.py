@@ -1,0 +1,78 @@
+"""The fence: whoever is about to change what is being copied waits until it is copied."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ckpt.config import settings
+from ckpt.errors import DeadlineError
+
+__all__ = ["Fence", "fence_here", "owned_storages"]
+
+
+class Fence:
+    """Between copies and changes. `pending` copies are put behind it; `wait` returns when all of them are done.
+
+    An optimizer is fenced by hooks: before its step, and before a state is loaded into it, it waits. Whatever changes
+    parameters in another way (an optimizer outside `torch.optim`, a step compiled as a whole, weights swapped by hand)
+    calls `wait` itself. Tensor version counters cannot replace it: a fused optimizer does not bump them.
+    """
+
+    def __init__(self) -> None:
+        self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._copies: list[threading.Event] = []
+        self.waited = 0.0
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes an optimizer wait; once per optimizer."""
+        if optimizer not in self._fenced:
+            self._fenced.add(optimizer)
+            optimizer.register_step_pre_hook(lambda *_: self.wait())
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self.wait())
+
+    def put(self, copied: threading.Event) -> None:
+        """Puts a copy behind the fence: `copied` is set when it is done, or has failed."""
+        self._copies = [c for c in self._copies if not c.is_set()] + [copied]
+
+    def wait(self) -> None:
+        """Until all copies are done. Raises DeadlineError, naming the deadline, if one never is."""
+        if all(c.is_set() for c in self._copies):
+            return
+        began = time.monotonic()
+        deadline = settings().deadline
+        for copied in self._copies:
+            if not copied.wait(max(0.0, began + deadline - time.monotonic())):
+                raise DeadlineError(f"a snapshot was not copied within {deadline:.0f} s; is its thread alive?")
+        self.waited += time.monotonic() - began
+
+
+_fences: dict[int, Fence] = {}
+
+
+def fence_here() -> Fence:
+    """The fence of this process; a fork copies nothing and begins with one of its own."""
+    return _fences.setdefault(os.getpid(), Fence())
+
+
+def owned_storages(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """Addresses of the storages that only a step of these optimizers changes: parameters, moments, masters."""
+    out = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                for value in (p, *optimizer.state.get(p, {}).values()):
+                    if isinstance(value, torch.Tensor):
+                        out.add(_local(value).untyped_storage().data_ptr())
+    out.discard(0)
+    return out
+
+
+def _local(value: Any) -> Any:
+    return value._local_tensor if hasattr(value, "_local_tensor") else value
