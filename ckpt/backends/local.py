@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import stat
 import threading
@@ -20,8 +19,6 @@ __all__ = ["LocalBackend"]
 
 _PAGE = 4096
 _IOV_MAX = 1024
-_COLD = 256 << 10  # a smaller read is not worth a way around the page cache
-_BOUNCE = 2 << 20
 _OPEN_FILES = 64
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -103,50 +100,16 @@ class LocalBackend:
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         file = self._files.get(path)
-        if file is not None and len(into) == 1:  # the rest of a large file that is in the page cache: most calls
+        if file is not None and len(into) == 1:  # the rest of a large file: most calls
             with suppress(OSError):
-                if os.preadv(file.fd, into, offset, os.RWF_NOWAIT) == len(into[0]):
+                if os.preadv(file.fd, into, offset) == len(into[0]):
                     return
         full = self._at(path)
         with _storage("reading", full):
             file = self._open(path, full)
             views = [v for v in into if len(v)]
-            if self._direct and sum(map(len, views)) >= _COLD and self._read_around(file, views, offset, full):
-                return
             for at in range(0, len(views), _IOV_MAX):
                 offset = _read_all(file.fd, views[at : at + _IOV_MAX], offset, full)
-
-    def _read_around(self, file: _Handle, views: list[Buffer], offset: int, full: str) -> bool:
-        """Reads what the page cache does not hold around it, by way of aligned memory: faster than through it, and
-        what a training program has in the cache stays there. False, with nothing done, where that cannot be."""
-        size = sum(map(len, views))
-        with suppress(OSError):
-            probe = bytearray(1)
-            if os.preadv(file.fd, [probe], offset + size - 1, os.RWF_NOWAIT) == 1:
-                return False  # it is in the page cache
-        start = offset // _PAGE * _PAGE
-        want = -(-(offset + size - start) // _PAGE) * _PAGE
-        memory = _aligned(want)
-        got = 0
-        try:
-            with self._lock:
-                if file.direct < 0:
-                    file.direct = os.open(full, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            while got < offset + size - start:
-                n = os.preadv(file.direct, [memory[got:want]], start + got)
-                if n <= 0 or (n % _PAGE and got + n < offset + size - start):
-                    return False  # the end of the file, or an odd filesystem: the other way knows what to say
-                got += n
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            self._direct = False  # not every filesystem has it
-            return False
-        at = offset - start
-        for view in views:
-            memoryview(view)[:] = memory[at : at + len(view)]
-            at += len(view)
-        return True
 
     def fetch(self, path: str, limit: int) -> bytes:
         full = self._at(path)
@@ -223,27 +186,13 @@ class LocalBackend:
 class _Handle:
     """A descriptor that is closed when the last reader lets it go, and not while one is in the middle of a read."""
 
-    __slots__ = ("direct", "fd")
+    __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.direct = -1  # the same file, opened for direct I/O when that was first needed
 
     def __del__(self) -> None:
         os.close(self.fd)
-        if self.direct >= 0:
-            os.close(self.direct)
-
-
-_thread = threading.local()
-
-
-def _aligned(size: int) -> memoryview:
-    """Page-aligned memory of this thread, at least `size` bytes; the same from call to call."""
-    memory: memoryview | None = getattr(_thread, "memory", None)
-    if memory is None or len(memory) < size:
-        memory = _thread.memory = memoryview(mmap.mmap(-1, max(size, _BOUNCE)))
-    return memory
 
 
 class _FileUpload:
