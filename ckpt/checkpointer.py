@@ -161,7 +161,7 @@ class Checkpointer:
 
     All methods are collective: every rank calls them at the same place. A failed save never stops the loop: it is
     logged and counted, and `close` reports it. A save that is due while the last one is under way is skipped on all
-    ranks, and counted.
+    ranks, and counted. Saving reserves as much CPU memory as this rank writes, once, for the life of the process.
     """
 
     def __init__(
