@@ -103,7 +103,9 @@ _processes: dict[int, _Process] = {}
 
 
 def _process() -> _Process:
-    return _processes.setdefault(os.getpid(), _Process())
+    if os.getpid() not in _processes:
+        _processes[os.getpid()] = _Process()
+    return _processes[os.getpid()]
 
 
 def begin_save(
@@ -140,7 +142,10 @@ def begin_save(
         taken = e  # the others wait for this rank's part in the commit
     if isinstance(taken, _Taken) and taken.snapshot is not None:
         handle._staged = taken.snapshot.copied
-    here.saving.submit(_finish, here, handle, agreed, taken, codecs, own, after)
+    try:
+        here.saving.submit(_finish, handle, agreed, taken, codecs, own, after)
+    except RuntimeError:  # no thread to be had: the others wait for this rank all the same
+        _finish(handle, agreed, taken, codecs, own, after)
     handle.stalled = time.monotonic() - began
     return handle
 
@@ -168,8 +173,9 @@ def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
     lazy = [view.untyped_storage().data_ptr() in owned for view in views]
     slot = here.slot_of(work.layout.size)
     snapshot = Snapshot(work.layout, sources_of(agreed, work), lazy, slot.buffer, checked=config.check_copies)
-    fence.put(snapshot.copied)
-    return _Taken(work, snapshot, here.copying.submit(snapshot.copy_rest, _pace(config)))
+    rest = here.copying.submit(snapshot.copy_rest, _pace(config))
+    fence.put(snapshot.copied)  # only now: without a thread nobody would ever lift it
+    return _Taken(work, snapshot, rest)
 
 
 def _pace(config: Settings) -> Callable[[int], None]:
@@ -187,7 +193,6 @@ def _pace(config: Settings) -> Callable[[int], None]:
 
 
 def _finish(
-    here: _Process,
     handle: SaveHandle,
     agreed: Agreed,
     taken: _Taken | Exception,

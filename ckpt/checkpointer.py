@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle, begin_save
 from ckpt.catalog import Policy, generations_in_use, lineage, list_run, parse_ref
-from ckpt.collective import Group, current_group
+from ckpt.collective import current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
 from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, UsageError
@@ -22,7 +22,7 @@ from ckpt.format.codec import Codec, CodecRule, parse_codecs
 from ckpt.loading import LoadOptions, LoadReport, load_folder, load_ref
 from ckpt.saving import Planner, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
-from ckpt.upkeep import Metrics, numbers, retain, write_rows
+from ckpt.upkeep import Metrics, numbers, retain, warn_per_rank, write_rows
 
 __all__ = ["Checkpointer", "CloseReport", "async_save", "load", "save"]
 
@@ -52,7 +52,7 @@ def save(
     request = _request(step, metrics, codec)
     planner = _planners.setdefault(backend.root, Planner())
     report = save_state(backend, state, **request, generation=0, group=group, planner=planner)
-    _say(report, group)
+    warn_per_rank(report.per_rank, group.rank)
     return report
 
 
@@ -123,14 +123,6 @@ def _request(step: int, metrics: Metrics | None, codec: CodecRule | None) -> _Re
         return _Request(step=step, metrics=numbers(metrics), codecs=parse_codecs(codec), failure=None)
     except UsageError as e:
         return _Request(step=step, metrics={}, codecs=(), failure=e)
-
-
-def _say(report: SaveReport, group: Group) -> None:
-    if report.per_rank and group.rank == 0:
-        names = ", ".join(report.per_rank[:10])
-        log.warning(
-            "ckpt: stored per rank, since the ranks hold different values: %s (declare ckpt.PerRank to say so)", names
-        )
 
 
 @dataclass
@@ -386,7 +378,7 @@ class Checkpointer:
         self.report.committed += 1
         self.report.bytes += outcome.bytes
         self.report.saves.append(outcome)
-        _say(outcome, self._group)
+        warn_per_rank(outcome.per_rank, self._group.rank)
         self._tidy()
 
     def _tidy(self) -> None:

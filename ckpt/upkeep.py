@@ -1,4 +1,4 @@
-"""What a run needs besides its steps: metrics in the ledger, and the deletion of what no policy keeps."""
+"""What a run needs besides its steps: metrics in the ledger, a word on surprises, the deletion of what no policy keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckpt.backends import Backend
 from ckpt.catalog import KeepBest, Policy, delete_step, kept, list_run, with_ledger, write_ledger
 from ckpt.errors import CkptError, ConflictError, UsageError
 
-__all__ = ["Metrics", "numbers", "retain", "write_rows"]
+__all__ = ["Metrics", "numbers", "retain", "warn_per_rank", "write_rows"]
 
 log = logging.getLogger("ckpt")
 Metrics = Mapping[str, Any]
@@ -61,3 +61,12 @@ def retain(backend: Backend, policies: Sequence[Policy]) -> None:
                     delete_step(backend, folder)
         except CkptError as e:
             log.error("ckpt: old steps were not deleted: %s", e)
+
+
+def warn_per_rank(names: Sequence[str], rank: int) -> None:
+    """Says, once a save and on one rank, which leaves were stored per rank although nobody declared it."""
+    if names and rank == 0:
+        log.warning(
+            "ckpt: stored per rank, since the ranks hold different values: %s (declare ckpt.PerRank to say so)",
+            ", ".join(names[:10]),
+        )

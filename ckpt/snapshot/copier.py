@@ -58,7 +58,7 @@ class Snapshot:
             source = sources[index]
             place = _Place(source, self.buffer[offsets[k] : offsets[k] + source.nbytes], blocks[k])
             (self._later if lazy[index] else now).append(place)
-        self._samples = [(p, _last_block(p.source)) for p in self._later] if checked else []
+        self._samples = [(p, _last_block(p.source)) for p in self._later if p.source.nbytes] if checked else []
         for place in now:
             self._copy(place)
         if not self._later:

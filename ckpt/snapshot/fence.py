@@ -18,7 +18,7 @@ __all__ = ["Fence", "fence_here", "owned_storages"]
 
 
 class Fence:
-    """Between copies and changes. `pending` copies are put behind it; `wait` returns when all of them are done.
+    """Between copies and changes. Copies under way are put behind it; `wait` returns when all of them are done.
 
     An optimizer is fenced by hooks: before its step, and before a state is loaded into it, it waits. Whatever changes
     parameters in another way (an optimizer outside `torch.optim`, a step compiled as a whole, weights swapped by hand)
@@ -58,7 +58,9 @@ _fences: dict[int, Fence] = {}
 
 def fence_here() -> Fence:
     """The fence of this process; a fork copies nothing and begins with one of its own."""
-    return _fences.setdefault(os.getpid(), Fence())
+    if os.getpid() not in _fences:
+        _fences[os.getpid()] = Fence()
+    return _fences[os.getpid()]
 
 
 def owned_storages(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:

@@ -397,3 +397,22 @@ def test_nothing_durable_for_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
     for bad in (0, -1, float("nan")):
         with pytest.raises(ckpt.UsageError, match="max_stale"):
             ckpt.Checkpointer(tmp_path / "run", {}, storage=ckpt.Every(2), max_stale=bad)
+
+
+@pytest.mark.parametrize("pool", ["copying", "saving"])
+def test_a_thread_that_cannot_be_had_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str
+) -> None:
+    """The save ends (without a copying thread it fails), the fence is open, and the next save works."""
+
+    def none(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    job = Job()
+    with monkeypatch.context() as without:
+        without.setattr(getattr(background._process(), pool), "submit", none)
+        handle = ckpt.async_save(job.state, tmp_path / "run", step=0)
+        assert handle.done() or pool == "copying"
+        assert handle.committed(WAIT) == (pool == "saving")
+    job.train()
+    assert ckpt.async_save(job.state, tmp_path / "run", step=1).committed(WAIT)
