@@ -236,11 +236,11 @@ def _persist(
     """Slot -> storage: as it is, or laid out anew where a codec applies."""
     sealed, backend, path = snapshot.seal(), agreed.lead.backend, agreed.path(group.rank)
     config = settings()
-    buffers = ring(config)
     pieces = [replace(p, codec=choose_codec(p.tensor.name, codecs)) for p in work.pieces]
     if any(p.codec for p in pieces):
-        return write_pack(backend, path, pieces, list(_stored(snapshot, len(pieces))), buffers)
-    write_buffer(backend, path, snapshot.buffer, buffers.threads, config.buffer_mib << 20)
+        return write_pack(backend, path, pieces, list(_stored(snapshot, len(pieces))), ring(config))
+    with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:  # the slot is its buffer: it needs no ring
+        write_buffer(backend, path, snapshot.buffer, threads, config.buffer_mib << 20)
     return sealed
 
 
