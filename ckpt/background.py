@@ -11,25 +11,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ckpt.backends import Backend
 from ckpt.collective import Group
 from ckpt.config import Settings, settings
 from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import Codec, choose_codec
-from ckpt.leading import encode_report
-from ckpt.saving import Agreed, Planner, SaveReport, Work, agree, commit, prepare, ring, sources_of
+from ckpt.saving import Agreed, Planner, Request, SaveReport, Work, agree, commit, prepare, ring, sources_of
 from ckpt.snapshot.arena import Slot
 from ckpt.snapshot.copier import Snapshot
 from ckpt.snapshot.fence import fence_here, owned_storages
 from ckpt.state import walk
-from ckpt.write import PackReport, Source, write_buffer, write_pack
+from ckpt.write import PackReport, Source, Stored, encode_report, write_buffer, write_pack
 
 __all__ = ["SaveHandle", "begin_save"]
 
@@ -109,16 +107,10 @@ def _process() -> _Process:
 
 
 def begin_save(
-    backend: Backend,
+    request: Request,
     state: Any,
-    *,
-    step: int,
-    generation: int,
-    metrics: Mapping[str, float],
-    codecs: Sequence[tuple[str, Codec]],
     group: Group,
     planner: Planner,
-    failure: Exception | None = None,
     after: Callable[[SaveReport | Exception], None] | None = None,
 ) -> SaveHandle:
     """Begins a save and returns; collective over `group`. `after` is called with its outcome, in the saving thread.
@@ -130,11 +122,8 @@ def begin_save(
     here, own = _process(), group.beside()
     if here.last is not None and not here.last.done(settings().deadline):
         raise DeadlineError(f"step {here.last.step} is still being saved after {settings().deadline:.0f} s")
-    agreed = agree(
-        backend, state, step=step, generation=generation, metrics=metrics, codecs=codecs, group=group, planner=planner,
-        failure=failure,
-    )  # fmt: skip
-    handle = here.last = SaveHandle(step)
+    agreed = agree(request, state, group, planner)
+    handle = here.last = SaveHandle(request.step)
     taken: _Taken | Exception
     try:
         taken = _take(here, state, agreed, prepare(planner, agreed, ()))
@@ -143,9 +132,9 @@ def begin_save(
     if isinstance(taken, _Taken) and taken.snapshot is not None:
         handle._staged = taken.snapshot.copied
     try:
-        here.saving.submit(_finish, handle, agreed, taken, codecs, own, after)
+        here.saving.submit(_finish, handle, agreed, taken, request.codecs, own, after)
     except RuntimeError:  # no thread to be had: the others wait for this rank all the same
-        _finish(handle, agreed, taken, codecs, own, after)
+        _finish(handle, agreed, taken, request.codecs, own, after)
     handle.stalled = time.monotonic() - began
     return handle
 
@@ -245,4 +234,4 @@ def _persist(
 
 
 def _stored(snapshot: Snapshot, n: int) -> Iterator[Source]:
-    return (Source.of_bytes(snapshot.fragment(k)) for k in range(n))
+    return (Stored(snapshot.fragment(k)) for k in range(n))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle, begin_save
@@ -18,9 +18,9 @@ from ckpt.collective import current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
 from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, UsageError
-from ckpt.format.codec import Codec, CodecRule, parse_codecs
+from ckpt.format.codec import CodecRule, parse_codecs
 from ckpt.loading import LoadOptions, LoadReport, load_folder, load_ref
-from ckpt.saving import Planner, SaveReport, save_state
+from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
 from ckpt.upkeep import Metrics, numbers, retain, warn_per_rank, write_rows
 
@@ -49,9 +49,8 @@ def save(
     StorageError, DeadlineError, PeerError.
     """
     backend, group = _backend(run), current_group()
-    request = _request(step, metrics, codec)
     planner = _planners.setdefault(backend.root, Planner())
-    report = save_state(backend, state, **request, generation=0, group=group, planner=planner)
+    report = save_state(_request(backend, step, 0, metrics, codec), state, group, planner)
     warn_per_rank(report.per_rank, group.rank)
     return report
 
@@ -75,7 +74,7 @@ def async_save(
     """
     backend, group = _backend(run), current_group()
     planner = _planners.setdefault(backend.root, Planner())
-    return begin_save(backend, state, **_request(step, metrics, codec), generation=0, group=group, planner=planner)
+    return begin_save(_request(backend, step, 0, metrics, codec), state, group, planner)
 
 
 def load(
@@ -108,21 +107,14 @@ def _backend(run: str | os.PathLike[str]) -> Backend:
     return backend_for(os.fspath(run).rstrip("/"), direct=settings().direct)
 
 
-class _Request(TypedDict):
-    step: int
-    metrics: dict[str, float]
-    codecs: tuple[tuple[str, Codec], ...]
-    failure: Exception | None
-
-
-def _request(step: int, metrics: Metrics | None, codec: CodecRule | None) -> _Request:
+def _request(backend: Backend, step: int, generation: int, metrics: Metrics | None, codec: CodecRule | None) -> Request:
     """What is to be saved, checked. A bad metric or codec of one rank is to fail the save on all."""
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
         raise UsageError(f"step={step!r}: a whole number, 0 or more, of at most 18 digits")
     try:
-        return _Request(step=step, metrics=numbers(metrics), codecs=parse_codecs(codec), failure=None)
+        return Request(backend, step, generation, numbers(metrics), parse_codecs(codec))
     except UsageError as e:
-        return _Request(step=step, metrics={}, codecs=(), failure=e)
+        return Request(backend, step, generation, {}, failure=e)
 
 
 @dataclass
@@ -356,12 +348,10 @@ class Checkpointer:
             self._open_generation(None)
         assert self._generation is not None
         self._handle = begin_save(
-            self._backend,
+            _request(self._backend, step, self._generation, self._metrics, self._codec),
             self._state,
-            **_request(step, self._metrics, self._codec),
-            generation=self._generation,
-            group=self._group,
-            planner=self._planner,
+            self._group,
+            self._planner,
             after=lambda outcome: self._ended(step, outcome),
         )
         self._last = time.monotonic()

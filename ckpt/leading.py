@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +15,14 @@ from ckpt.backends import Backend
 from ckpt.catalog import delete_tree
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, claim_attempt, commit_step
-from ckpt.errors import CkptError, DeadlineError, LayoutError
+from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import Codec, choose_codec
 from ckpt.format.manifest import ObjectEntry
 from ckpt.plan import Claims, NeedDigests, Plan, merge
-from ckpt.state import AUTO, REPLICATED, ObjectLeaf
-from ckpt.write import PackReport
+from ckpt.scopes import merge_aliases, merge_objects
+from ckpt.write import decode_report
 
-__all__ = ["Leader", "Memory", "encode_report"]
+__all__ = ["Leader", "Memory", "Planning", "codec_column"]
 
 
 @dataclass
@@ -35,30 +34,19 @@ class Memory:
     plan_key: str = ""
 
 
-class Leader:
-    """The leader's side of a save: what the two rounds decide. Lives for one save; used on rank 0 only."""
+class Planning:
+    """The leader's side of the first round: claims and values of all ranks -> a plan, and every rank's part of it."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        folder: str,
-        step: int,
-        generation: int,
-        world: int,
-        metrics: Mapping[str, float],
-        codecs: Sequence[tuple[str, Codec]],
-        memory: Memory,
-    ) -> None:
-        self.backend, self.folder, self.step, self.generation, self.world = backend, folder, step, generation, world
-        self.metrics, self.codecs, self.memory = metrics, codecs, memory
-        self.attempt = self.writer = ""
-        self.publishing = False
-        self.made: Plan | None = None  # this save's plan; the memory's may be a later one by the time of the commit
+    def __init__(self, world: int, memory: Memory) -> None:
+        self.world, self.memory = world, memory
+        self.made: Plan | None = None  # this round's plan; the memory's may be a later one by the time of the commit
+        self.key = ""
         self.objects: list[ObjectEntry] = []
         self.aliases: dict[str, str] = {}
 
-    def plan(self, letters: list[bytes]) -> list[bytes]:
-        """Merges claims into a plan, or reuses the last one; claims the attempt."""
+    def plan(self, letters: list[bytes], told: Callable[[], Mapping[str, Any]] = dict) -> list[bytes]:
+        """Merges claims into a plan, or reuses the last one. Answers with each rank's part and what `told` returns;
+        or asks again, for claims it does not have or digests it cannot do without."""
         memory = self.memory
         heads: list[dict[str, Any]] = []
         claims: list[Claims] = []
@@ -78,19 +66,47 @@ class Leader:
             except NeedDigests as e:
                 return [encode({"digests": list(e.names)})] * self.world
             memory.plan_key = key
-        self.objects, undeclared = _merge_objects([h["objects"] for h in heads])
-        self.aliases = _merge_aliases([h["aliases"] for h in heads])
-        self.attempt, self.writer = claim_attempt(self.backend, self.folder, self.world)
-        plan = self.made = memory.plan
-        told = {"attempt": self.attempt, "key": key, "per_rank": [*plan.per_rank, *undeclared]}
-        return [_assignment(plan, rank, told, heads[rank]["plan"] != key) for rank in range(self.world)]
+        self.objects, undeclared = merge_objects([h["objects"] for h in heads])
+        self.aliases = merge_aliases([h["aliases"] for h in heads])
+        self.made, self.key = memory.plan, key
+        plan = memory.plan
+        head = {"key": key, "per_rank": [*plan.per_rank, *undeclared], **told()}
+        return [_assignment(plan, rank, head, heads[rank]["plan"] != key) for rank in range(self.world)]
+
+
+class Leader:
+    """The leader's side of a save: what the two rounds decide. Lives for one save; used on rank 0 only."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        folder: str,
+        step: int,
+        generation: int,
+        world: int,
+        metrics: Mapping[str, float],
+        codecs: Sequence[tuple[str, Codec]],
+        memory: Memory,
+    ) -> None:
+        self.backend, self.folder, self.step, self.generation = backend, folder, step, generation
+        self.metrics, self.codecs, self.planning = metrics, codecs, Planning(world, memory)
+        self.attempt = self.writer = ""
+        self.publishing = False
+
+    def plan(self, letters: list[bytes]) -> list[bytes]:
+        """Plans, and claims the attempt."""
+
+        def claim() -> dict[str, str]:
+            self.attempt, self.writer = claim_attempt(self.backend, self.folder, self.planning.world)
+            return {"attempt": self.attempt}
+
+        return self.planning.plan(letters, claim)
 
     def commit(self, letters: list[bytes]) -> bytes:
         """Every rank has written: the manifest, then the commit."""
-        plan = self.made
+        plan = self.planning.made
         assert plan is not None
-        table, column = _codec_column(plan, self.codecs)
-        reports = [_decode_report(m) for m in letters]
+        table, column = codec_column(plan, self.codecs)
 
         def publishing() -> None:
             self.publishing = True
@@ -104,9 +120,9 @@ class Leader:
             plan=plan,
             codecs=table,
             codec=column,
-            objects=self.objects,
-            aliases=self.aliases,
-            reports=reports,
+            objects=self.planning.objects,
+            aliases=self.planning.aliases,
+            reports=[decode_report(m) for m in letters],
             metrics=self.metrics,
             publishing=publishing,
         )
@@ -154,7 +170,7 @@ def _assignment(plan: Plan, rank: int, told: Mapping[str, Any], full: bool) -> b
     return encode({**told, "variants": {i: v for i, v in variants.items() if v}}, local=local, box=plan.box[rows])
 
 
-def _codec_column(plan: Plan, rules: Sequence[tuple[str, Codec]]) -> tuple[list[Codec], npt.NDArray[np.uint8] | None]:
+def codec_column(plan: Plan, rules: Sequence[tuple[str, Codec]]) -> tuple[list[Codec], npt.NDArray[np.uint8] | None]:
     """(codecs in use, per fragment 0 for raw or 1 + index)."""
     if not rules:
         return [], None
@@ -166,69 +182,3 @@ def _codec_column(plan: Plan, rules: Sequence[tuple[str, Codec]]) -> tuple[list[
             table.append(codec)
         chosen.append(0 if codec is None else 1 + table.index(codec))
     return table, np.array(chosen, dtype=np.uint8)[plan.tensor]
-
-
-def _merge_objects(rows: Sequence[Sequence[Sequence[str]]]) -> tuple[list[ObjectEntry], list[str]]:
-    """Entries of the manifest, and the names that differ between ranks although nobody said they would."""
-    held: dict[str, list[tuple[int, ObjectLeaf]]] = {}
-    for rank, objects in enumerate(rows):
-        for row in objects:
-            held.setdefault(row[0], []).append((rank, ObjectLeaf(*row)))
-    out: list[ObjectEntry] = []
-    undeclared = []
-    for name, owners in sorted(held.items()):
-        first = owners[0][1]
-        equal = all(_same(o, first) for _, o in owners)
-        if len({o.policy for _, o in owners}) > 1 and first.policy in (AUTO, REPLICATED):
-            raise LayoutError(f"object {name!r} is declared differently on ranks {[r for r, _ in owners][:8]}")
-        if first.policy == REPLICATED and not equal:
-            other = next(r for r, o in owners if o.text != first.text)
-            raise LayoutError(
-                f"object {name!r} is declared replicated, but ranks {owners[0][0]} and {other} hold different values"
-            )
-        if first.policy in (AUTO, REPLICATED) and equal:
-            out.append(ObjectEntry(name, "replicated", first.encoding, first.text))
-        elif first.policy in (AUTO, "rank"):
-            if first.policy == AUTO:
-                undeclared.append(name)
-            out += [ObjectEntry(name, f"rank={r}", o.encoding, o.text) for r, o in owners]
-        else:
-            out += _by_coordinate(name, owners)
-    return out, undeclared
-
-
-def _same(a: ObjectLeaf, b: ObjectLeaf) -> bool:
-    """Equal values; the order in which a dict was filled does not count."""
-    if (a.encoding, a.text) == (b.encoding, b.text):
-        return True
-    return a.encoding == b.encoding == "json" and json.dumps(json.loads(a.text), sort_keys=True) == json.dumps(
-        json.loads(b.text), sort_keys=True
-    )
-
-
-def _by_coordinate(name: str, owners: Sequence[tuple[int, ObjectLeaf]]) -> list[ObjectEntry]:
-    found: dict[str, tuple[int, ObjectLeaf]] = {}
-    for rank, o in owners:
-        there, known = found.setdefault(o.policy, (rank, o))
-        if known.text != o.text:
-            raise LayoutError(f"object {name!r}: ranks {there} and {rank} share {o.policy} but hold different values")
-    return [ObjectEntry(name, scope, o.encoding, o.text) for scope, (_, o) in sorted(found.items())]
-
-
-def _merge_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for row in rows:
-        out.update(row)
-    return out
-
-
-def encode_report(report: PackReport | None) -> bytes:
-    if report is None:
-        return encode(None)
-    head = {k: v for k, v in report.__dict__.items() if isinstance(v, int)}
-    return encode(head, offset=report.offset, length=report.length, block=report.block)
-
-
-def _decode_report(message: bytes) -> PackReport | None:
-    head, arrays = decode(message)
-    return None if head is None else PackReport(**{**head, **arrays})

@@ -25,13 +25,26 @@ from ckpt.errors import LayoutError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack
-from ckpt.leading import Leader, Memory, encode_report
+from ckpt.leading import Leader, Memory
 from ckpt.plan import PLAIN, Claim, Claims
 from ckpt.shards import Held
+from ckpt.source import TensorSource, source_of
 from ckpt.state import Leaves, TensorLeaf, collect
-from ckpt.write import PackReport, Ring, Source, source_of, write_pack
+from ckpt.write import PackReport, Ring, Source, encode_report, write_pack
 
-__all__ = ["Agreed", "Planner", "SaveReport", "Work", "agree", "commit", "prepare", "ring", "save_state", "sources_of"]
+__all__ = [
+    "Agreed",
+    "Planner",
+    "Request",
+    "SaveReport",
+    "Work",
+    "agree",
+    "commit",
+    "prepare",
+    "ring",
+    "save_state",
+    "sources_of",
+]
 
 
 @dataclass(frozen=True)
@@ -99,37 +112,39 @@ class Work:
     places: tuple[tuple[int, int, Box], ...]
 
 
-@undisturbed()
-def save_state(
-    backend: Backend,
-    state: Any,
-    *,
-    step: int,
-    generation: int,
-    metrics: Mapping[str, float],
-    codecs: Sequence[tuple[str, Codec]],
-    group: Group,
-    planner: Planner,
-    failure: Exception | None = None,
-) -> SaveReport:
-    """Saves one step; collective over `group`. Returns after the commit, on every rank.
+@dataclass(frozen=True)
+class Request:
+    """What is to be saved where. `failure` is what this rank has to say instead of a state: it then fails on all."""
 
-    `failure` is what this rank has to say instead of a state: it then fails on all.
+    backend: Backend
+    step: int
+    generation: int
+    metrics: Mapping[str, float]
+    codecs: tuple[tuple[str, Codec], ...] = ()
+    failure: Exception | None = None
+
+    @property
+    def folder(self) -> str:
+        return step_folder(self.step, self.generation)
+
+
+@undisturbed()
+def save_state(request: Request, state: Any, group: Group, planner: Planner) -> SaveReport:
+    """Saves one step; collective over `group`. Returns after the commit, on every rank.
 
     Raises on every rank, with nothing published: UsageError or LayoutError for a state that cannot be saved,
     ConflictError if the step exists, StorageError, DeadlineError or PeerError for what failed on the way.
     """
-    agreed = agree(
-        backend, state, step=step, generation=generation, metrics=metrics, codecs=codecs, group=group, planner=planner,
-        failure=failure,
-    )  # fmt: skip
+    agreed = agree(request, state, group, planner)
     report: PackReport | None = None
     payload: bytes | Exception
     try:
-        work = prepare(planner, agreed, codecs)
+        work = prepare(planner, agreed, request.codecs)
         if work.pieces:
             sources = sources_of(agreed, work)
-            report = write_pack(backend, agreed.path(group.rank), work.pieces, sources, ring(settings()), work.layout)
+            report = write_pack(
+                request.backend, agreed.path(group.rank), work.pieces, sources, ring(settings()), work.layout
+            )
         payload = encode_report(report)
     except Exception as e:
         payload = e
@@ -155,24 +170,12 @@ class Agreed:
         return f"{self.lead.folder}/{self.attempt}/rank-{rank:05d}.safetensors"
 
 
-def agree(
-    backend: Backend,
-    state: Any,
-    *,
-    step: int,
-    generation: int,
-    metrics: Mapping[str, float],
-    codecs: Sequence[tuple[str, Codec]],
-    group: Group,
-    planner: Planner,
-    failure: Exception | None = None,
-) -> Agreed:
+def agree(request: Request, state: Any, group: Group, planner: Planner) -> Agreed:
     """The first half of a save; see `save_state`."""
-    began = time.monotonic()
-    folder = step_folder(step, generation)
-    lead = Leader(backend, folder, step, generation, group.world, metrics, codecs, planner.memory)
+    began, r = time.monotonic(), request
+    lead = Leader(r.backend, r.folder, r.step, r.generation, group.world, r.metrics, r.codecs, planner.memory)
     try:
-        leaves, assignment, told = _agree(lead, state, group, planner, failure)
+        leaves, assignment, told = _agree(lead, state, group, planner, request.failure)
     except BaseException as e:
         lead.clean_up(group.rank, e)
         raise
@@ -268,7 +271,7 @@ def _digest(held: Held) -> int:
     h = hashlib.blake2b(digest_size=8)
     scratch = np.empty(BLOCK, dtype=np.uint8)
     for _, view in held.pieces:
-        source = Source(view)
+        source = TensorSource(view)
         for start in range(0, source.nbytes, BLOCK):
             n = min(BLOCK, source.nbytes - start)
             if source.flat is not None:

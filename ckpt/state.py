@@ -20,11 +20,10 @@ from torch import nn
 from ckpt.errors import UsageError
 from ckpt.objects import PerCoordinate, PerRank, Replicated, encode_object
 from ckpt.optim import Owner, group_table, named_state
+from ckpt.scopes import AUTO, RANK, REPLICATED, ObjectLeaf
 from ckpt.shards import Held, Shard, hold, is_tensor, parts
 
-__all__ = ["Leaves", "ObjectLeaf", "Stateful", "TensorLeaf", "collect", "module_leaves", "owners_of", "walk"]
-
-AUTO, REPLICATED, RANK = "auto", "replicated", "rank"
+__all__ = ["Leaves", "Stateful", "TensorLeaf", "collect", "module_leaves", "owners_of", "walk"]
 
 
 @runtime_checkable
@@ -42,17 +41,6 @@ class TensorLeaf:
 
     name: str
     held: Held
-
-
-@dataclass(frozen=True)
-class ObjectLeaf:
-    """One value under its name. `policy`: "auto" (compared; stored once or per rank), "replicated", "rank", or the
-    coordinate it belongs to ("dp=1")."""
-
-    name: str
-    policy: str
-    encoding: str
-    text: str
 
 
 @dataclass

@@ -18,8 +18,9 @@ from ckpt.errors import FormatError, MismatchError
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.objects import decode_object
 from ckpt.optim import Owner, for_owner, group_clashes, group_hyper, new_state, regroup
+from ckpt.scopes import AUTO
 from ckpt.shards import Held, hold, is_tensor, is_wrapped, parts
-from ckpt.state import AUTO, Stateful, module_leaves, owners_of, walk
+from ckpt.state import Stateful, module_leaves, owners_of, walk
 
 __all__ = ["LoadOptions", "Matching", "Wanted", "matches"]
 

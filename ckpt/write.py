@@ -6,26 +6,34 @@ write full buffers. The ring is reserved and touched once and serves every save 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ckpt.backends import Backend, Upload
+from ckpt.collective import decode, encode
 from ckpt.config import Settings
 from ckpt.format.codec import BLOCK, crc32c
-from ckpt.format.fragment import contiguous_span, flat_boxes, whole
 from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
 
-__all__ = ["PackReport", "Ring", "Source", "pack_report", "source_of", "write_buffer", "write_pack"]
+__all__ = [
+    "PackReport",
+    "Ring",
+    "Source",
+    "Stored",
+    "decode_report",
+    "encode_report",
+    "pack_report",
+    "write_buffer",
+    "write_pack",
+]
 
 Bytes = npt.NDArray[np.uint8]
 _COPY = 1 << 20
@@ -51,34 +59,30 @@ class Ring:
         self._free.put(buffer)
 
 
-class Source:
-    """The bytes of one fragment, read from the tensor that holds it: `view` has the fragment's shape."""
+class Source(Protocol):
+    """The bytes of one fragment, row-major, wherever they are. `flat`: the bytes themselves, where they lie in one
+    piece; its owner keeps them alive."""
 
-    def __init__(self, view: torch.Tensor) -> None:
-        self._view = view
-        self.nbytes = view.numel() * view.element_size()
-        self.flat: Bytes | None = None  # the bytes themselves, where they lie in one piece
-        if view.is_contiguous() and view.device.type == "cpu" and self.nbytes:
-            memory = (ctypes.c_ubyte * self.nbytes).from_address(view.data_ptr())
-            self.flat = np.frombuffer(memory, dtype=np.uint8)
+    @property
+    def nbytes(self) -> int: ...
 
-    @staticmethod
-    def of_bytes(flat: Bytes) -> Source:
-        """A fragment that is in memory as it is to be stored."""
-        return Source(torch.from_numpy(flat))
+    @property
+    def flat(self) -> Bytes | None: ...
 
     def into(self, start: int, out: Bytes) -> None:
-        """Copies bytes [start, start+len(out)) of the fragment, row-major. Both ends are on elements."""
-        if self.flat is not None:
-            np.copyto(out, self.flat[start : start + len(out)])
-            return
-        size = self._view.element_size()
-        at = 0
-        for box in flat_boxes(tuple(self._view.shape), start // size, (start + len(out)) // size):
-            n = box.numel * size
-            target = torch.frombuffer(out[at : at + n], dtype=self._view.dtype).view(box.shape)
-            target.copy_(self._view[box.slices])
-            at += n
+        """Copies bytes [start, start+len(out)) of the fragment. Both ends are on elements."""
+        ...
+
+
+class Stored:
+    """A fragment that is in memory as it is to be stored."""
+
+    def __init__(self, flat: Bytes) -> None:
+        self.nbytes, self.flat = len(flat), flat
+
+    def into(self, start: int, out: Bytes) -> None:
+        assert self.flat is not None
+        np.copyto(out, self.flat[start : start + len(out)])
 
 
 @dataclass(frozen=True)
@@ -295,11 +299,13 @@ class _Stream:
             raise self._error[0]
 
 
-def source_of(view: torch.Tensor, box_in_view: Any) -> Source:
-    """The bytes of a box of a view."""
-    if box_in_view == whole(tuple(view.shape)):
-        return Source(view)
-    span = contiguous_span(tuple(view.shape), box_in_view)
-    if span is not None and view.is_contiguous():
-        return Source(view.reshape(-1)[span[0] : span[0] + span[1]])
-    return Source(view[box_in_view.slices])
+def encode_report(report: PackReport | None) -> bytes:
+    if report is None:
+        return encode(None)
+    head = {k: v for k, v in report.__dict__.items() if isinstance(v, int)}
+    return encode(head, offset=report.offset, length=report.length, block=report.block)
+
+
+def decode_report(message: bytes) -> PackReport | None:
+    head, arrays = decode(message)
+    return None if head is None else PackReport(**{**head, **arrays})

@@ -36,6 +36,7 @@ from ckpt.offline.dcp_tree import PATHS, Path
 from ckpt.offline.dcp_values import Values
 from ckpt.plan import SHARD, Claim, Claims, merge
 from ckpt.shards import dtype_name, hold
+from ckpt.source import TensorSource
 from ckpt.write import PackReport, Ring, Source, write_pack
 
 __all__ = ["RAW", "Attempts", "check_plans", "claims_of", "commit", "full_plans", "write_local"]
@@ -118,7 +119,7 @@ def _box(item: WriteItem) -> Box:
     return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
 
 
-class _Resolved(Source):
+class _Resolved:
     """The bytes of a write item, asked of the planner when their turn comes: it may allocate memory for them."""
 
     def __init__(self, planner: SavePlanner, item: WriteItem) -> None:
@@ -129,7 +130,7 @@ class _Resolved(Source):
 
     def into(self, start: int, out: npt.NDArray[np.uint8]) -> None:
         if self._source is None:
-            self._source = Source(_resolve(self._planner, self._item))
+            self._source = TensorSource(_resolve(self._planner, self._item))
         self._source.into(start, out)
         if start + len(out) == self.nbytes:
             self._source = None
@@ -161,7 +162,7 @@ def write_local(
     ]
     for name, tensor in values.tensors.items():
         spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        work.append((spec, whole(spec.shape), Source(tensor)))
+        work.append((spec, whole(spec.shape), TensorSource(tensor)))
     claims = claims_of([spec for spec, _, _ in work], [box for _, box, _ in work])
     work = sorted((w for w in work if w[1].numel), key=lambda w: (w[0].name, w[1]))
     report = None
@@ -201,7 +202,7 @@ def _small_copies(local: SavePlan, planner: SavePlanner) -> Iterator[tuple[str, 
     """
     for item in local.items:
         if item.type == WriteItemType.TENSOR and _box(item).numel * dtype(_spec(item).dtype).itemsize <= _SMALL:
-            source = Source(_resolve(planner, item))
+            source = TensorSource(_resolve(planner, item))
             data = np.empty(source.nbytes, dtype=np.uint8)
             if source.nbytes:
                 source.into(0, data)

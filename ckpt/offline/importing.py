@@ -32,6 +32,7 @@ from ckpt.offline.dcp_index import Chunk, Index, Place, read_index
 from ckpt.offline.dcp_values import Values
 from ckpt.plan import SHARD, Claim, Claims, Plan, merge
 from ckpt.shards import dtype_name, hold
+from ckpt.source import TensorSource
 from ckpt.write import PackReport, Ring, Source, write_pack
 
 __all__ = ["ImportReport", "import_dcp"]
@@ -87,7 +88,7 @@ def import_dcp(
     values = Values.of(_values(index, source, allow_pickle), index.paths, index.specs)
     objects = sorted((ObjectEntry(name, "replicated", *rest) for name, *rest in values.rows), key=lambda e: e.name)
     work = [_Work(c.spec, c.box, _Stored(source, c, progress)) for c in index.chunks]
-    work += [_Work(_spec(name, t), whole(tuple(t.shape)), Source(t)) for name, t in values.tensors.items()]
+    work += [_Work(_spec(name, t), whole(tuple(t.shape)), TensorSource(t)) for name, t in values.tensors.items()]
     packs = list(_packs(sorted((w for w in work if w.box.numel), key=lambda w: (w.spec.name, w.box))))
     plan = _plan(packs, [s for s in index.specs.values() if not s.nbytes], source.root)
     done = _write(backend_for(target.run, direct=settings().direct), step, packs, plan, objects)
@@ -214,7 +215,7 @@ def _open(source: Backend, place: Place, name: str, *, weights_only: bool = True
         raise FormatError(f"{name!r}: its archive cannot be read ({type(e).__name__}: {e})") from None
 
 
-class _Stored(Source):
+class _Stored:
     """A chunk to write whose bytes are in an archive; opened when its turn comes, and let go when it is over."""
 
     def __init__(self, source: Backend, chunk: Chunk, progress: Progress) -> None:
@@ -224,7 +225,7 @@ class _Stored(Source):
 
     def into(self, start: int, out: npt.NDArray[np.uint8]) -> None:
         if self._source is None:
-            self._source = Source(self._tensor())
+            self._source = TensorSource(self._tensor())
         self._source.into(start, out)
         if start + len(out) == self.nbytes:
             self._source = None

@@ -296,7 +296,7 @@ class _Feed:
         self._parts.close()
 
 
-class _Stored(Source):
+class _Stored:
     """A fragment to write whose bytes are in another checkpoint."""
 
     def __init__(self, feed: _Feed, index: int, nbytes: int) -> None:

@@ -29,7 +29,7 @@ from ckpt.format.pack import TensorSpec
 from ckpt.offline.diff import diff
 from ckpt.offline.recut import TpRule, plan_ranks
 from ckpt.offline.reshard import ORIGIN, ReshardReport, reshard
-from ckpt.saving import Planner, save_state
+from ckpt.saving import Planner, Request, save_state
 
 
 class Threads:
@@ -143,8 +143,7 @@ def source(quick: Path) -> Path:
     backend = ckpt.backends.LocalBackend(str(run))
 
     def save(group: Any) -> Any:
-        options: dict[str, Any] = {"step": 5, "generation": 0, "metrics": {"loss": 0.5}, "codecs": codecs}
-        return save_state(backend, made[group.rank], group=group, planner=Planner(), **options)
+        return save_state(Request(backend, 5, 0, {"loss": 0.5}, codecs), made[group.rank], group, Planner())
 
     for result in Threads(2).run(save):
         assert not isinstance(result, BaseException), result

@@ -192,9 +192,9 @@ def test_of_two_slow_writers_one_commits(tmp_path: Path, save: Save) -> None:
 
 def _save_through(backend: FaultyBackend, step: int) -> None:
     from ckpt.collective import Solo
-    from ckpt.saving import Planner, save_state
+    from ckpt.saving import Planner, Request, save_state
 
-    save_state(backend, state(step), step=step, generation=0, metrics={}, codecs=(), group=Solo(), planner=Planner())
+    save_state(Request(backend, step, 0, {}), state(step), Solo(), Planner())
 
 
 def test_a_prune_that_fails_half_way_goes_on_the_next_time(tmp_path: Path, save: Save) -> None:

@@ -110,7 +110,8 @@ def made_of(whole, shards):
     from ckpt.config import settings
     from ckpt.format.pack import Piece, TensorSpec
     from ckpt.plan import Plan
-    from ckpt.write import Ring, source_of, write_pack
+    from ckpt.source import source_of
+    from ckpt.write import Ring, write_pack
 
     run = f"memory://{uuid.uuid4().hex}"
     backend = backend_for(run)
