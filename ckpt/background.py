@@ -29,7 +29,7 @@ from ckpt.snapshot.fence import fence_here, owned_storages
 from ckpt.state import walk
 from ckpt.write import PackReport, Source, Stored, encode_report, write_buffer, write_pack
 
-__all__ = ["SaveHandle", "begin_save"]
+__all__ = ["SaveHandle", "begin_save", "pace"]
 
 log = logging.getLogger("ckpt")
 
@@ -41,6 +41,8 @@ class SaveHandle:
         self.step = step
         self.stalled = 0.0
         """Seconds that its beginning held up this rank."""
+        self.bytes = 0
+        """Of this rank's pack, where that is known."""
         self._staged, self._done = threading.Event(), threading.Event()
         self._report: SaveReport | None = None
         self._error: Exception | None = None
@@ -69,7 +71,11 @@ class SaveHandle:
         assert self._report is not None
         return self._report
 
-    def _end(self, outcome: SaveReport | Exception) -> None:
+    def follow(self, copied: threading.Event) -> None:
+        """`copied` says when the state is."""
+        self._staged = copied
+
+    def end(self, outcome: SaveReport | Exception) -> None:
         if isinstance(outcome, Exception):
             self._error = outcome
         else:
@@ -126,11 +132,11 @@ def begin_save(
     handle = here.last = SaveHandle(request.step)
     taken: _Taken | Exception
     try:
-        taken = _take(here, state, agreed, prepare(planner, agreed, ()))
+        taken = _take(here, state, agreed, prepare(planner, agreed.assignment, agreed.leaves, ()))
     except Exception as e:
         taken = e  # the others wait for this rank's part in the commit
     if isinstance(taken, _Taken) and taken.snapshot is not None:
-        handle._staged = taken.snapshot.copied
+        handle.follow(taken.snapshot.copied)
     try:
         here.saving.submit(_finish, handle, agreed, taken, request.codecs, own, after)
     except RuntimeError:  # no thread to be had: the others wait for this rank all the same
@@ -161,13 +167,13 @@ def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
     views = [agreed.leaves[i].held.pieces[k][1] for i, k, _ in work.places]
     lazy = [view.untyped_storage().data_ptr() in owned for view in views]
     slot = here.slot_of(work.layout.size)
-    snapshot = Snapshot(work.layout, sources_of(agreed, work), lazy, slot.buffer, checked=config.check_copies)
-    rest = here.copying.submit(snapshot.copy_rest, _pace(config))
+    snapshot = Snapshot(work.layout, sources_of(agreed.leaves, work), lazy, slot.buffer, checked=config.check_copies)
+    rest = here.copying.submit(snapshot.copy_rest, pace(config))
     fence.put(snapshot.copied)  # only now: without a thread nobody would ever lift it
     return _Taken(work, snapshot, rest)
 
 
-def _pace(config: Settings) -> Callable[[int], None]:
+def pace(config: Settings) -> Callable[[int], None]:
     """Called with the bytes of each chunk that was copied: waits where that was faster than the cap."""
     rate, began, done = config.copy_gbps * 1e9, time.monotonic(), 0
     never = threading.Event()
@@ -216,7 +222,7 @@ def _finish(
             "ckpt: the save of step %d failed: %s", handle.step, outcome,
             exc_info=None if isinstance(outcome, CkptError) else outcome,
         )  # fmt: skip
-    handle._end(outcome)
+    handle.end(outcome)
 
 
 def _persist(

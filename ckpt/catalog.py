@@ -30,6 +30,7 @@ __all__ = [
     "best",
     "delete_step",
     "delete_tree",
+    "drop_attempt",
     "generations_in_use",
     "kept",
     "leftovers",
@@ -287,6 +288,18 @@ def delete_tree(backend: Backend, path: str) -> None:
         backend.delete(path)
 
 
+def drop_attempt(backend: Backend, folder: str, attempt: str, *, whole: bool) -> None:
+    """Removes what a failed attempt left, as far as possible; never raises. Without `whole`, its claim stays: a writer
+    that may still be at work must not meet another one under the same name."""
+    at = f"{folder}/{attempt}"
+    with suppress(Exception):
+        for entry in backend.list(at):
+            if entry.name != "attempt.json":
+                delete_tree(backend, f"{at}/{entry.name}")
+        if whole:
+            delete_tree(backend, at)
+
+
 def leftovers(backend: Backend, listing: Listing, min_age: float) -> list[str]:
     """Paths that no committed checkpoint needs and whose newest file is older than `min_age` seconds, for
     `delete_tree`: folders of uncommitted steps, attempts of committed steps that lost, temporary files."""
@@ -303,7 +316,8 @@ def leftovers(backend: Backend, listing: Listing, min_age: float) -> list[str]:
             found += [(f"{e.name}/", x) for x in inside if x.name.startswith(TEMPORARY)]
             own = f"{e.name}/{step.commit.attempt}"
             found += [(f"{own}/", x) for x in backend.list(own) if x.name.startswith(TEMPORARY)]
-    found += [("ledger/", x) for x in backend.list("ledger") if x.name.startswith(TEMPORARY)]
+    for rows in ("ledger", "events"):
+        found += [(f"{rows}/", x) for x in backend.list(rows) if x.name.startswith(TEMPORARY)]
     before = time.time() - min_age
     return [at + e.name for at, e in found if max(e.modified, _newest(backend, at + e.name)) <= before]
 

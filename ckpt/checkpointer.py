@@ -5,24 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle, begin_save
-from ckpt.catalog import Policy, generations_in_use, lineage, list_run, parse_ref
+from ckpt.catalog import Policy, generations_in_use, list_run, parse_ref
 from ckpt.collective import current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
-from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, UsageError
+from ckpt.errors import CkptError, DeadlineError, PeerError, UsageError
+from ckpt.events import Event, Events
 from ckpt.format.codec import CodecRule, parse_codecs
-from ckpt.loading import LoadOptions, LoadReport, load_folder, load_ref
+from ckpt.keeping import Schedule
+from ckpt.kept import Kept
+from ckpt.loading import LoadOptions, LoadReport, load_ref
+from ckpt.restoring import restore_newest
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
-from ckpt.upkeep import Metrics, numbers, retain, warn_per_rank, write_rows
+from ckpt.threaded import Threaded
+from ckpt.upkeep import Account, CloseReport, Metrics, numbers, warn_per_rank
 
 __all__ = ["Checkpointer", "CloseReport", "async_save", "load", "save"]
 
@@ -117,35 +120,26 @@ def _request(backend: Backend, step: int, generation: int, metrics: Metrics | No
         return Request(backend, step, generation, {}, failure=e)
 
 
-@dataclass
-class CloseReport:
-    """What a Checkpointer did: steps counted, saves committed, failed, and skipped (due while another was under way);
-    bytes stored by all ranks, seconds that saves held up the loop on this rank, and the last error."""
-
-    steps: int = 0
-    committed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    bytes: int = 0
-    stalled: float = 0.0
-    last_step: int | None = None
-    last_error: str = ""
-    saves: list[SaveReport] = field(default_factory=list)
-
-
 class Checkpointer:
     """Keeps the checkpoints of a run: `restore` before the loop, `step` in it, `close` after it.
 
     run        a path or URL
     state      what to save; see `ckpt.save`
-    storage    when to save, as Every(200); in the background, one save at a time, as `ckpt.async_save` does
+    storage    when to save to storage, as Every(200); in the background, one save at a time
+    memory     when to snapshot into CPU memory, as Every(1): in the hands of a keeper, a process of this host that
+               outlives the trainer. What is due for storage is then written by the keeper, from a snapshot
     keep       retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
-    codec      see `ckpt.save`
+    codec      see `ckpt.save`; for storage only
     max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
+    on_event   called with every `ckpt.events.Event`, in whichever thread it happens
 
-    All methods are collective: every rank calls them at the same place. A failed save never stops the loop: it is
-    logged and counted, and `close` reports it. A save that is due while the last one is under way is skipped on all
-    ranks, and counted. Saving reserves as much CPU memory as this rank writes, once, for the life of the process.
+    All methods are collective: every rank calls them at the same place, also the constructor. A failed save never stops
+    the loop: it is logged and counted, and `close` reports it. All ranks save and skip the same steps. Memory is reserved
+    once, at the first `restore` that finds something or the first `step`: as much as this rank writes, or with `memory`
+    twice that, thrice if `storage` is given too.
+
+    Raises ConflictError if another job trains this run on this host. Where no keeper can be had, `memory` is given up
+    for the whole job, and said so.
     """
 
     def __init__(
@@ -154,28 +148,37 @@ class Checkpointer:
         state: Any,
         *,
         storage: Every | None = None,
+        memory: Every | None = None,
         keep: Sequence[Policy] = (),
         codec: CodecRule | None = None,
         max_stale: float | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        if storage is None:
-            raise UsageError("storage=ckpt.Every(n): say when to save")
+        if storage is None and memory is None:
+            raise UsageError("storage=ckpt.Every(n), memory=ckpt.Every(n) or both: say when to save")
         if max_stale is not None and not max_stale > 0:
             raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
-        parse_codecs(codec)
+        codecs = parse_codecs(codec)
         self._backend = _backend(run)
-        self._state, self._every, self._keep, self._codec = state, storage, tuple(keep), codec
+        self._state, self._max_stale = state, max_stale
         self._group = current_group()
-        self._planner = Planner()
-        self._generation: int | None = None
+        self._account = Account(self._backend, self._group.rank, keep, Events(f"r{self._group.rank:05d}", on_event))
+        self._opened = False
         self._step: int | None = None
-        self._handle: SaveHandle | None = None  # of the last save begun
-        self._last = self._durable = time.monotonic()
-        self._max_stale = max_stale
         self._metrics: dict[str, float] = {}
-        self._ledger: deque[dict[str, object]] = deque()
-        self.report = CloseReport()
         self.last_load: LoadReport | None = None
+        self._kept: Kept | None = None
+        if memory is not None:
+            try:
+                self._kept = Kept(self._backend, self._group, Schedule(memory, storage, codec), self._account)
+            except PeerError as e:
+                log.warning("ckpt: no snapshots in memory, saves go to storage from threads: %s", e)
+        self._saves = self._kept or Threaded(self._backend, self._group, storage, codecs, self._account)
+
+    @property
+    def report(self) -> CloseReport:
+        """What was done so far."""
+        return self._account.report
 
     def restore(
         self,
@@ -188,114 +191,71 @@ class Checkpointer:
         cast: bool = False,
         allow_pickle: bool = False,
     ) -> int:
-        """Loads the newest committed step of the run, or what `ref` names, and opens a new generation.
+        """Loads the newest step of the run, or what `ref` names, and opens a new generation.
 
-        Returns the step to go on with: one more than the loaded one, or 0 for an empty run and for a `ref` of
-        another run (a warm start). A damaged step is skipped, loudly, for the next older one; with `ref` it is
-        an error. The other arguments are those of `ckpt.load`.
+        The newest step may be in the memory of the keepers, newer than anything in storage. Returns the step to go on
+        with: one more than the loaded one, or 0 for an empty run and for a `ref` of another run (a warm start). A
+        damaged step is skipped, loudly, for the next older one; with `ref` it is an error. The other arguments are
+        those of `ckpt.load`.
         """
         options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
         self.wait(settings().deadline)
         if ref is None:
-            found = self._restore_newest(options)
+            found, self.last_load = restore_newest(self._state, self._backend, options, self._group, self._kept)
         else:
             self.last_load = load_ref(self._state, ref, options, self._group)
             root, _, folder = self.last_load.ref.rpartition("/")
             found = folder if os.path.realpath(root) == os.path.realpath(self._backend.root) else None
-        self._open_generation(found)
-        self._step = self._handle = None
-        return 0 if found is None or self.last_load is None else self.last_load.step + 1
+        self._open(found)
+        start = 0 if found is None or self.last_load is None else self.last_load.step + 1
+        self._step = None
+        if self.last_load is not None:
+            self._saves.begin(self._state, start)
+            source = "memory" if self.last_load.ref.startswith("memory of ") else "storage"
+            self._account.event("restore", self.last_load.step, outcome=source, bytes=self.last_load.bytes_read)
+        return start
 
-    def _restore_newest(self, options: LoadOptions) -> str | None:
-        """Tries the steps of the present, newest first. Returns the folder of the one that was loaded."""
-        answer = self._group.round("restore", b"", lambda _: "\n".join(self._candidates()).encode()).decode()
-        folders = [f for f in answer.split("\n") if f]
-        for i, folder in enumerate(folders):
-            try:
-                self.last_load = load_folder(self._state, self._backend, folder, options, self._group)
-                return folder
-            except (IntegrityError, FormatError, NotFoundError) as e:
-                if i + 1 == len(folders):
-                    raise
-                log.error(
-                    "ckpt: %s/%s cannot be used, falling back to %s: %s", self._backend.root, folder, folders[i + 1], e
-                )
-        return None
+    def _open(self, parent: str | None) -> None:
+        """Opens a generation that comes from the step folder `parent`."""
 
-    def _candidates(self) -> list[str]:
-        listing = list_run(self._backend)
-        for g in listing.generations:
-            if g.error:
-                log.error("ckpt: where generation %d came from is not known any more: %s", g.generation, g.error)
-        present = lineage(listing, damaged=True)
-        if listing.committed and not present:
-            log.error(
-                "ckpt: %s: its newest generation came from nowhere and saved nothing, so none of its %d checkpoints is "
-                "the present; name the one to go on from with restore(ref=...)",
-                self._backend.root,
-                len(listing.committed),
-            )
-        return [s.folder for s in present]
-
-    def _open_generation(self, parent: str | None) -> None:
         def decide(_: list[bytes]) -> bytes:
             known = generations_in_use(list_run(self._backend, commits=False))
             return str(open_generation(self._backend, parent, self._group.world, known)).encode()
 
-        self._generation = int(self._group.round("generation", b"", decide))
+        self._account.generation = int(self._group.round("generation", b"", decide))
+        self._opened = True
 
     def step(self, step: int, metrics: Metrics | None = None) -> SaveHandle | None:
         """Names the iteration just done, right after `optimizer.step()`. Begins to save it if it is due.
 
-        Returns the handle of the save, or None if none was due, the last one is still under way, or it could not begin
-        (see `report`). Raises nothing but the DeadlineError of `max_stale`.
+        Returns the handle of the save, or None if none was due or it could not begin (see `report`): `staged` once the
+        state is copied, `done` once it is sealed in memory on all ranks or, without `memory`, committed. Raises nothing
+        but the DeadlineError of `max_stale`, and at the first step what keeps snapshots from being possible at all.
         """
-        self.report.steps += 1
         self._step = step
-        self._note(step, metrics)
-        stale = time.monotonic() - self._durable
+        self._metrics = self._account.note(step, metrics)
+        stale = time.monotonic() - self._account.durable
         if self._max_stale is not None and stale > self._max_stale:
             cause = self.report.last_error or "no save has ended since"
             raise DeadlineError(f"nothing has become durable for {stale:.0f} s (max_stale={self._max_stale}): {cause}")
         try:
-            return self._begin(step) if self._due(step) else None
-        except Exception as e:
-            self._failed(f"step {step} was not saved, training goes on", e)
+            if not self._opened:
+                self._open(None)
+        except CkptError as e:
+            self._account.failed(step, f"step {step} was not saved, training goes on", e)
             return None
-
-    def _due(self, step: int) -> bool:
-        """All ranks must answer alike: clocks, and whether a save is under way, decide only on the leader."""
-        if self._every.minutes is None and not self._every.due(step, self._last):
-            return False
-
-        def decide(_: list[bytes]) -> bytes:
-            if not self._every.due(step, self._last):
-                return b""
-            return b"skip" if self._handle is not None and not self._handle.done() else b"save"
-
-        answer = self._group.round(f"due {step}", b"", decide)
-        if answer == b"skip":
-            self.report.skipped += 1
-        return answer == b"save"
+        return self._saves.step(self._state, step, self._metrics)
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Keeps metrics that come late (an evaluation) in the run's ledger; `KeepBest` and `run@best` see them."""
-        self._ledger.append({"step": int(step), **numbers(metrics)})
-        self._tidy()
+        self._account.record(step, numbers(metrics))
+        self._account.tidy()
 
     def save_now(self) -> SaveReport:
-        """Saves the last step now, unless it is saved already, and waits for it. Raises what `ckpt.save` raises."""
+        """Saves the last step to storage now, unless it is there, and waits for it. Raises what `ckpt.save` raises."""
         if self._step is None:
             raise UsageError("save_now: no step was done yet; call step(n) first")
-        if self._saves(self._step):
-            assert self._handle is not None
-            return self._handle.result()
-        try:
-            handle = self._begin(self._step)
-        except Exception as e:
-            self._failed("", e)
-            raise
-        return handle.result()
+        return self._saves.store(self._state, self._step, self._metrics)
 
     def fence(self) -> None:
         """Waits until no snapshot is being copied: before anything but a step of an optimizer of the state changes
@@ -304,21 +264,19 @@ class Checkpointer:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the save under way has ended, well or not; False if it has not after `timeout` seconds."""
-        return self._handle is None or self._handle.done(timeout)
+        return self._saves.wait(timeout)
 
     def close(self) -> CloseReport:
-        """Stores the last step if it was not, writes the ledger and returns the counts."""
-        deadline = settings().deadline
-        self.wait(deadline)
-        if self._step is not None and not self._saves(self._step):
+        """Stores the last step if it was not, writes the ledger, ends the keeper, and returns the counts."""
+        if not self.wait(settings().deadline):
+            log.error("ckpt: a save is still under way after %.0f s; it goes on", settings().deadline)
+        if self._step is not None:
             try:
-                self._begin(self._step)
+                self._saves.store(self._state, self._step, self._metrics)
             except Exception as e:
-                self._failed(f"the last step, {self._step}, was not saved", e)
-        if not self.wait(deadline):
-            log.error("ckpt: step %s is still being saved after %.0f s; it goes on", self._step, deadline)
-        if self._group.rank == 0:
-            write_rows(self._backend, self._generation or 0, self._ledger)
+                log.error("ckpt: the last step, %d, was not saved: %s", self._step, e)
+        self._account.tidy(last=True)
+        self._saves.close()
         self._backend.close()
         return self.report
 
@@ -328,57 +286,3 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if kind is None:
             self.close()
-
-    def _note(self, step: int, metrics: Metrics | None) -> None:
-        self._metrics = {}
-        if metrics:
-            try:
-                self._metrics = numbers(metrics)
-            except UsageError as e:
-                log.error("ckpt: step %d: %s", step, e)
-            self._ledger.append({"step": int(step), **self._metrics})
-
-    def _saves(self, step: int) -> bool:
-        """Whether the last save is of this step and has not failed; it may be under way."""
-        handle = self._handle
-        return handle is not None and handle.step == step and (handle.committed() or not handle.done())
-
-    def _begin(self, step: int) -> SaveHandle:
-        if self._generation is None:
-            self._open_generation(None)
-        assert self._generation is not None
-        self._handle = begin_save(
-            _request(self._backend, step, self._generation, self._metrics, self._codec),
-            self._state,
-            self._group,
-            self._planner,
-            after=lambda outcome: self._ended(step, outcome),
-        )
-        self._last = time.monotonic()
-        self.report.stalled += self._handle.stalled
-        return self._handle
-
-    def _ended(self, step: int, outcome: SaveReport | Exception) -> None:
-        """The bookkeeping of a save that has ended, in the thread that did it."""
-        if isinstance(outcome, Exception):
-            self._failed(f"step {step} was not saved, training goes on", outcome)
-            return
-        self._durable = time.monotonic()
-        self.report.last_step = step
-        self.report.committed += 1
-        self.report.bytes += outcome.bytes
-        self.report.saves.append(outcome)
-        warn_per_rank(outcome.per_rank, self._group.rank)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        if self._group.rank == 0:
-            write_rows(self._backend, self._generation or 0, self._ledger)
-            retain(self._backend, self._keep)
-
-    def _failed(self, what: str, e: Exception) -> None:
-        """Counts a failed save, and logs it once with its cause; with the way to it only if it is not one of ours."""
-        self.report.failed += 1
-        self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"
-        if what:
-            log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)

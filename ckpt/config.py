@@ -53,6 +53,9 @@ class Settings:
     direct        CKPT_DIRECT        1: write with direct I/O where the filesystem allows it (1)
     copy_gbps     CKPT_COPY_GBPS     GB/s at which a snapshot is copied beside training; 0: as fast as it goes (0)
     check_copies  CKPT_CHECK_COPIES  1: hash samples before and after such a copy, and name what changed (0)
+    grace         CKPT_GRACE         seconds that a keeper waits for a restart after its last trainer died (300)
+    job           CKPT_JOB           name of the job, where the run's URL does not tell jobs apart ("")
+    host          CKPT_HOST          name of this host among those of the job ("": its hostname)
     """
 
     deadline: float = 600.0
@@ -63,6 +66,9 @@ class Settings:
     direct: bool = True
     copy_gbps: float = 0.0
     check_copies: bool = False
+    grace: float = 300.0
+    job: str = ""
+    host: str = ""
 
     def __post_init__(self) -> None:
         if not self.deadline > 0:
@@ -71,6 +77,8 @@ class Settings:
             raise UsageError("CKPT_BUFFER_MIB: 1 to 256; CKPT_BUFFERS: 2 to 64")
         if not 1 <= self.writers <= 64 or not 0 <= self.readers <= 64:
             raise UsageError("CKPT_WRITERS: 1 to 64; CKPT_READERS: 0 to 64")
+        if not self.grace >= 0:
+            raise UsageError("CKPT_GRACE: 0 or more seconds")
         if not self.copy_gbps >= 0:
             raise UsageError("CKPT_COPY_GBPS: 0 or more GB/s")
 
@@ -79,7 +87,7 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
     """The settings in force now, from the environment. Raises UsageError, naming the variable, for a bad value."""
     env = os.environ if env is None else env
     default = Settings()
-    out: dict[str, float | int | bool] = {}
+    out: dict[str, float | int | bool | str] = {}
     for field, kind in (
         ("deadline", float),
         ("buffer_mib", int),
@@ -87,6 +95,9 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
         ("writers", int),
         ("readers", int),
         ("copy_gbps", float),
+        ("grace", float),
+        ("job", str),
+        ("host", str),
     ):
         text = env.get(f"CKPT_{field.upper()}")
         if text is not None:

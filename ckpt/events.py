@@ -20,6 +20,7 @@ __all__ = ["Event", "Events", "read_events"]
 log = logging.getLogger("ckpt")
 _NAME = re.compile(r"g(\d{4,9})-.*\.jsonl", re.ASCII)
 _MAX = 256 << 20
+_ROWS, _SECONDS = 1000, 60.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Events:
     def __init__(self, name: str, callback: Callable[[Event], None] | None = None, limit: int = 20_000) -> None:
         self._name, self._callback = name, callback
         self._waiting: deque[Event] = deque(maxlen=limit)
+        self._written = time.monotonic()
 
     def add(self, event: Event) -> None:
         self._waiting.append(event)
@@ -77,8 +79,14 @@ class Events:
             except Exception as e:
                 log.error("ckpt: the callback for events failed, training goes on: %s", e, exc_info=e)
 
+    @property
+    def due(self) -> bool:
+        """Whether enough has come together to be written."""
+        return len(self._waiting) >= _ROWS or time.monotonic() - self._written >= _SECONDS
+
     def write(self, backend: Backend, generation: int) -> None:
         """Writes what waits as one object of the run; a failure is logged, not raised."""
+        self._written = time.monotonic()
         rows = []
         with suppress(IndexError):
             while True:
@@ -105,7 +113,7 @@ def read_events(backend: Backend) -> Iterator[Event]:
             continue
         with suppress(CkptError):
             for line in backend.fetch(f"events/{entry.name}", _MAX).splitlines():
-                with suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
                     row = json.loads(line)
                     cast = {"int": int, "float": float, "str": str}
                     yield Event(**{k: cast[str(known[k])](v) for k, v in row.items() if k in known})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
-from ckpt.catalog import delete_tree
+from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, claim_attempt, commit_step
 from ckpt.errors import CkptError, DeadlineError
@@ -136,13 +135,8 @@ class Leader:
         """
         if rank != 0 or not self.attempt or self.publishing:
             return
-        at = f"{self.folder}/{self.attempt}"
-        with suppress(Exception):
-            for entry in self.backend.list(at):
-                if entry.name != "attempt.json":
-                    delete_tree(self.backend, f"{at}/{entry.name}")
-            if isinstance(error, CkptError) and not isinstance(error, DeadlineError):
-                delete_tree(self.backend, at)
+        whole = isinstance(error, CkptError) and not isinstance(error, DeadlineError)
+        drop_attempt(self.backend, self.folder, self.attempt, whole=whole)
 
 
 def _plan_key(claims: Sequence[Claims]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,15 @@ from ckpt.write import PackReport, Ring, Source, encode_report, write_pack
 
 __all__ = [
     "Agreed",
+    "Assignment",
     "Planner",
     "Request",
     "SaveReport",
     "Work",
     "agree",
+    "agree_on_plan",
     "commit",
+    "content_digest",
     "prepare",
     "ring",
     "save_state",
@@ -75,7 +78,7 @@ class Planner:
 
     sent: str = ""
     digests: frozenset[str] = frozenset()
-    assignment: _Assignment | None = None
+    assignment: Assignment | None = None
     work: Work | None = None
     memory: Memory = field(default_factory=Memory)  # used on the leader
 
@@ -92,7 +95,7 @@ def ring(config: Settings) -> Ring:
 
 
 @dataclass(frozen=True)
-class _Assignment:
+class Assignment:
     """What this rank writes: `local` indices of its claims with boxes, and the variants of those stored per rank."""
 
     key: str
@@ -139,9 +142,9 @@ def save_state(request: Request, state: Any, group: Group, planner: Planner) -> 
     report: PackReport | None = None
     payload: bytes | Exception
     try:
-        work = prepare(planner, agreed, request.codecs)
+        work = prepare(planner, agreed.assignment, agreed.leaves, request.codecs)
         if work.pieces:
-            sources = sources_of(agreed, work)
+            sources = sources_of(agreed.leaves, work)
             report = write_pack(
                 request.backend, agreed.path(group.rank), work.pieces, sources, ring(settings()), work.layout
             )
@@ -160,7 +163,7 @@ class Agreed:
 
     lead: Leader
     leaves: Sequence[TensorLeaf]
-    assignment: _Assignment
+    assignment: Assignment
     attempt: str
     per_rank: tuple[str, ...]
     began: float
@@ -175,7 +178,8 @@ def agree(request: Request, state: Any, group: Group, planner: Planner) -> Agree
     began, r = time.monotonic(), request
     lead = Leader(r.backend, r.folder, r.step, r.generation, group.world, r.metrics, r.codecs, planner.memory)
     try:
-        leaves, assignment, told = _agree(lead, state, group, planner, request.failure)
+        found = request.failure or collected(state)
+        leaves, assignment, told = agree_on_plan(f"plan {r.folder}", lead.plan, found, group, planner)
     except BaseException as e:
         lead.clean_up(group.rank, e)
         raise
@@ -203,34 +207,46 @@ def commit(agreed: Agreed, group: Group, payload: bytes | Exception, report: Pac
     )
 
 
-def sources_of(agreed: Agreed, work: Work) -> list[Source]:
-    """The bytes of the pieces that this rank writes, where they are in its state."""
-    return [source_of(agreed.leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
-
-
-def _agree(
-    lead: Leader, state: Any, group: Group, planner: Planner, failure: Exception | None
-) -> tuple[list[TensorLeaf], _Assignment, dict[str, Any]]:
-    """The first round, again while the leader needs more: claims it does not have, digests it cannot do without."""
-    again = {"claims": False}
-    leaves, names, claims = Leaves(), [], None
+def collected(state: Any) -> Leaves | Exception:
+    """The leaves of a state, or why there are none: an error of one rank is for all to hear."""
     try:
-        if failure is None:
-            leaves = collect(state)
-            names = sorted(leaves.tensors)
+        return collect(state)
     except Exception as e:
-        failure = e
+        return e
+
+
+def sources_of(leaves: Sequence[TensorLeaf], work: Work) -> list[Source]:
+    """The bytes of the pieces that this rank writes, where they are in its state."""
+    return [source_of(leaves[i].held.pieces[k][1], box) for i, k, box in work.places]
+
+
+def agree_on_plan(
+    name: str,
+    decide: Callable[[list[bytes]], Sequence[bytes]],
+    leaves: Leaves | Exception,
+    group: Group,
+    planner: Planner,
+    digest: Callable[[str, Held], int] = lambda _, held: content_digest(held),
+) -> tuple[list[TensorLeaf], Assignment, dict[str, Any]]:
+    """The first round, again while the leader needs more: claims it does not have, digests it cannot do without.
+
+    `leaves`: this rank's, or what kept it from having any. Returns the tensors in the order of the claims, what this
+    rank is to write of them, and what else the leader told.
+    """
+    again = {"claims": False}
+    claims: Claims | None = None
+    names = [] if isinstance(leaves, Exception) else sorted(leaves.tensors)
     while True:
         payload: bytes | Exception
         try:
-            if failure is not None:
-                raise failure
-            claims = _claims(leaves, names, planner.digests, group.world)
+            if isinstance(leaves, Exception):
+                raise leaves
+            claims = _claims(leaves, names, planner.digests, group.world, digest)
             full = again["claims"] or claims.fingerprint != planner.sent
             payload = _encode_claims(claims, leaves, full, planner.assignment.key if planner.assignment else "")
         except Exception as e:
             payload = e
-        head, arrays = decode(group.round(f"plan {lead.folder}", payload, lead.plan))
+        head, arrays = decode(group.round(name, payload, decide))
         if "digests" in head:
             planner.digests = planner.digests | set(head["digests"])
             continue
@@ -238,16 +254,18 @@ def _agree(
             again["claims"] = True
             continue
         break
-    assert claims is not None
+    assert claims is not None and not isinstance(leaves, Exception)
     planner.sent = claims.fingerprint
     if "local" in arrays:
-        planner.assignment = _Assignment(head["key"], arrays["local"], arrays["box"], head["variants"])
+        planner.assignment = Assignment(head["key"], arrays["local"], arrays["box"], head["variants"])
     if planner.assignment is None or planner.assignment.key != head["key"]:
         raise LayoutError("this rank lost the plan it was given before; save again")  # cannot happen: see Leader.plan
     return [leaves.tensors[n] for n in names], planner.assignment, head
 
 
-def _claims(leaves: Leaves, names: Sequence[str], digests: frozenset[str], world: int) -> Claims:
+def _claims(
+    leaves: Leaves, names: Sequence[str], digests: frozenset[str], world: int, digest: Callable[[str, Held], int]
+) -> Claims:
     out = []
     for name in names:
         held = leaves.tensors[name].held
@@ -260,13 +278,13 @@ def _claims(leaves: Leaves, names: Sequence[str], digests: frozenset[str], world
                 held.kind,
                 held.scope,
                 held.replica,
-                _digest(held) if content else 0,
+                digest(name, held) if content else 0,
             )
         )
     return Claims.of(out)
 
 
-def _digest(held: Held) -> int:
+def content_digest(held: Held) -> int:
     """64 bits that tell contents apart: over the CRC32C of every block, as they would be stored."""
     h = hashlib.blake2b(digest_size=8)
     scratch = np.empty(BLOCK, dtype=np.uint8)
@@ -294,9 +312,11 @@ def _encode_claims(claims: Claims, leaves: Leaves, full: bool, plan: str) -> byt
     return encode(head, **arrays)
 
 
-def prepare(planner: Planner, agreed: Agreed, codecs: Sequence[tuple[str, Codec]]) -> Work:
+def prepare(
+    planner: Planner, assignment: Assignment, leaves: Sequence[TensorLeaf], codecs: Sequence[tuple[str, Codec]]
+) -> Work:
     """The assigned fragments and their layout; those of the last save if nothing changed."""
-    work, assignment, leaves = planner.work, agreed.assignment, agreed.leaves
+    work = planner.work
     if work is not None and (work.key, work.codecs) == (assignment.key, tuple(codecs)):
         return work
     pieces, places = [], []

@@ -19,11 +19,21 @@ from torch import nn
 
 from ckpt.errors import UsageError
 from ckpt.objects import PerCoordinate, PerRank, Replicated, encode_object
-from ckpt.optim import Owner, group_table, named_state
+from ckpt.optim import Owner, Owners, group_table, named_state
 from ckpt.scopes import AUTO, RANK, REPLICATED, ObjectLeaf
 from ckpt.shards import Held, Shard, hold, is_tensor, parts
 
-__all__ = ["Leaves", "Stateful", "TensorLeaf", "collect", "module_leaves", "owners_of", "walk"]
+__all__ = [
+    "Leaves",
+    "Stateful",
+    "TensorLeaf",
+    "collect",
+    "collect_groups",
+    "collect_value",
+    "module_leaves",
+    "owners_of",
+    "walk",
+]
 
 
 @runtime_checkable
@@ -82,15 +92,26 @@ def collect(state: Any) -> Leaves:
                     leaves.add_tensor(leaf, part)
                 else:
                     leaves.add_object(leaf, part, AUTO)
-            leaves.add_object(f"{name}.groups", group_table(name, value, owners), AUTO)
-        elif is_tensor(value):
-            _check_policy(name, policy)
-            leaves.add_tensor(name, value)
-        elif isinstance(value, Stateful):
-            _collect_stateful(leaves, name, value, policy)
+            collect_groups(leaves, name, value, owners)
         else:
-            leaves.add_object(name, value, policy)
+            collect_value(leaves, name, value, policy)
     return leaves
+
+
+def collect_groups(leaves: Leaves, name: str, optimizer: torch.optim.Optimizer, owners: Owners) -> None:
+    """The hyper-parameters of an optimizer."""
+    leaves.add_object(f"{name}.groups", group_table(name, optimizer, owners), AUTO)
+
+
+def collect_value(leaves: Leaves, name: str, value: Any, policy: str) -> None:
+    """A part that is neither a module nor an optimizer."""
+    if is_tensor(value):
+        _check_policy(name, policy)
+        leaves.add_tensor(name, value)
+    elif isinstance(value, Stateful):
+        _collect_stateful(leaves, name, value, policy)
+    else:
+        leaves.add_object(name, value, policy)
 
 
 Setter = Callable[[Any], None]

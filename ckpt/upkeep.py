@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.backends import Backend
 from ckpt.catalog import KeepBest, Policy, delete_step, kept, list_run, with_ledger, write_ledger
 from ckpt.errors import CkptError, ConflictError, UsageError
+from ckpt.events import Event, Events
+from ckpt.saving import SaveReport
+from ckpt.snapshot.fence import fence_here
 
-__all__ = ["Metrics", "numbers", "retain", "warn_per_rank", "write_rows"]
+__all__ = ["Account", "CloseReport", "Metrics", "numbers", "retain", "warn_per_rank", "write_rows"]
 
 log = logging.getLogger("ckpt")
 Metrics = Mapping[str, Any]
@@ -70,3 +75,96 @@ def warn_per_rank(names: Sequence[str], rank: int) -> None:
             "ckpt: stored per rank, since the ranks hold different values: %s (declare ckpt.PerRank to say so)",
             ", ".join(names[:10]),
         )
+
+
+@dataclass
+class CloseReport:
+    """What a Checkpointer did, on this rank.
+
+    steps counted; snapshots `sealed` in memory by all ranks, and `voided`; saves to storage `committed` and `failed`;
+    steps that were due and `skipped`; bytes stored by all ranks; seconds that saves held up the loop; the last error.
+    """
+
+    steps: int = 0
+    sealed: int = 0
+    voided: int = 0
+    committed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    stalled: float = 0.0
+    last_step: int | None = None
+    last_error: str = ""
+    saves: list[SaveReport] = field(default_factory=list)
+
+
+class Account:
+    """What the checkpoints of one run come to: counts, ledger, events, retention. Threads share it."""
+
+    def __init__(self, backend: Backend, rank: int, keep: Sequence[Policy], events: Events) -> None:
+        self.backend, self.rank, self.keep, self.events = backend, rank, tuple(keep), events
+        self.report = CloseReport()
+        self.generation = 0
+        self.durable = time.monotonic()
+        self._ledger: deque[dict[str, object]] = deque()
+        self._steps, self._since, self._fenced = 0, time.monotonic(), fence_here().waited
+
+    def note(self, step: int, metrics: Metrics | None) -> dict[str, float]:
+        """A step was done; its metrics as numbers, which go into the ledger."""
+        self.report.steps += 1
+        self._steps += 1
+        if not metrics:
+            return {}
+        try:
+            found = numbers(metrics)
+        except UsageError as e:
+            log.error("ckpt: step %d: %s", step, e)
+            return {}
+        self.record(step, found)
+        return found
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._ledger.append({"step": int(step), **metrics})
+
+    def event(self, kind: str, step: int, **more: Any) -> None:
+        """A row of this rank, with how training went since the last one."""
+        now, waited = time.monotonic(), fence_here().waited
+        loop: dict[str, Any] = {"steps": self._steps, "loop": now - self._since, "fence": waited - self._fenced}
+        self._steps, self._since, self._fenced = 0, now, waited
+        self.events.add(
+            Event(kind, self.rank, step, self.generation, time.time(), socket.gethostname(), **loop, **more)
+        )
+
+    def skipped(self, step: int, why: str) -> None:
+        self.report.skipped += 1
+        self.event("skip", step, why=why)
+
+    def committed(self, done: SaveReport) -> None:
+        """A save has reached storage."""
+        self.durable = time.monotonic()
+        self.report.last_step = done.step
+        self.report.committed += 1
+        self.report.bytes += done.bytes
+        self.report.saves.append(done)
+        warn_per_rank(done.per_rank, self.rank)
+        self.event(
+            "save", done.step, outcome="committed", write=done.seconds_write,
+            commit=max(0.0, done.seconds - done.seconds_plan - done.seconds_write), bytes=done.bytes_here,
+        )  # fmt: skip
+        self.tidy()
+
+    def failed(self, step: int, what: str, e: Exception) -> None:
+        """Counts a failed save, and logs it once with its cause; with the way to it only if it is not one of ours."""
+        self.report.failed += 1
+        self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"
+        self.event("save", step, outcome="failed", why=self.report.last_error)
+        if what:
+            log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)
+
+    def tidy(self, last: bool = False) -> None:
+        """Writes what waits to be written into the run; deletes what no policy keeps."""
+        if last or self.events.due:
+            self.events.write(self.backend, self.generation)
+        if self.rank == 0:
+            write_rows(self.backend, self.generation, self._ledger)
+            retain(self.backend, self.keep)

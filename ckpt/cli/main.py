@@ -11,6 +11,7 @@ from ckpt import __version__
 from ckpt.cli.change import export, import_, prune, reshard
 from ckpt.cli.details import inspect
 from ckpt.cli.look import diff, ls, verify
+from ckpt.cli.report import report
 from ckpt.cli.shell import Shell
 
 __all__ = ["cli", "main"]
@@ -47,7 +48,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, reshard, export, import_, prune):
+for _verb in (ls, inspect, verify, diff, report, reshard, export, import_, prune):
     cli.add_command(_verb)
 
 

@@ -37,6 +37,7 @@ class Snapshot:
     sources  in the order of the caller's pieces, as the layout's `order` refers to them
     lazy     for each source, whether it stays as it is until the fence falls
     checked  hash the last block of every lazy source now, and see that this is what is copied later
+    and_then  called once everything is copied and before the sources may change
     """
 
     def __init__(
@@ -47,22 +48,28 @@ class Snapshot:
         buffer: Bytes,
         *,
         checked: bool = False,
+        and_then: Callable[[], None] | None = None,
     ) -> None:
         self.layout, self.buffer = layout, buffer[: layout.size]
         self.copied = threading.Event()
         self._table = np.zeros(layout.n_blocks, dtype="<u4")
-        self._later: list[_Place] = []
-        now: list[_Place] = []
-        offsets, blocks = layout.offset.tolist(), layout.block.tolist()
-        for k, index in enumerate(layout.order.tolist()):
-            source = sources[index]
-            place = _Place(source, self.buffer[offsets[k] : offsets[k] + source.nbytes], blocks[k])
-            (self._later if lazy[index] else now).append(place)
-        self._samples = [(p, _last_block(p.source)) for p in self._later if p.source.nbytes] if checked else []
-        for place in now:
-            self._copy(place)
-        if not self._later:
+        self._sources, self._and_then = sources, and_then
+        order = layout.order.tolist()
+        self._later = [k for k, index in enumerate(order) if lazy[index]]
+        self._samples: list[tuple[int, int]] = []
+        if checked:
+            sampled = [(k, sources[order[k]]) for k in self._later]
+            self._samples = [(k, _last_block(source)) for k, source in sampled if source.nbytes]
+        for k, index in enumerate(order):
+            if not lazy[index]:
+                self._copy(self._place(k))
+        if not self._later and and_then is None:
             self.copied.set()
+
+    def _place(self, k: int) -> _Place:
+        """Of the k-th fragment of the layout."""
+        source, at = self._sources[self.layout.order[k]], int(self.layout.offset[k])
+        return _Place(source, self.buffer[at : at + source.nbytes], int(self.layout.block[k]))
 
     def copy_rest(self, paced: Callable[[int], None]) -> None:
         """Copies what was left for later; `paced` is told the bytes of each chunk and may wait.
@@ -70,20 +77,25 @@ class Snapshot:
         Raises IntegrityError, naming the tensors, if a sample is not what it was when the snapshot began.
         """
         try:
-            for place in self._later:
-                self._copy(place, paced)
-            changed = [p for p, crc in self._samples if self._table[p.first + (len(p.into) - 1) // BLOCK] != crc]
+            for k in self._later:
+                self._copy(self._place(k), paced)
+            if self._and_then is not None:
+                self._and_then()
+            changed = [k for k, crc in self._samples if self._last_crc(k) != crc]
             if changed:
-                named = dict(zip(self.layout.block.tolist(), self.layout.pieces, strict=True))
-                names = ", ".join(repr(named[p.first].stored_name) for p in changed[:8])
+                names = ", ".join(repr(self.layout.pieces[k].stored_name) for k in changed[:8])
                 raise IntegrityError(
                     f"changed while it was being copied: {names}{' and more' if len(changed) > 8 else ''}; something "
                     "other than a fenced optimizer writes to it: call fence() before that"
                 )
         finally:
             self._samples = []
-            self._later = []  # the sources may be freed
+            self._later, self._sources, self._and_then = [], (), None  # the sources may be freed
             self.copied.set()
+
+    def _last_crc(self, k: int) -> int:
+        place = self._place(k)
+        return int(self._table[place.first + (len(place.into) - 1) // BLOCK])
 
     def _copy(self, place: _Place, paced: Callable[[int], None] | None = None) -> None:
         row = place.first

@@ -123,7 +123,8 @@ def needed(root: str) -> set[str]:
         out |= {f"{s.folder}/commit.json"}
         out |= {f"{s.folder}/{s.commit.attempt}/{n}" for n in ("attempt.json", "manifest.safetensors")}
         out |= {f"{s.folder}/{m.pack_path(p)}" for p in range(len(m.packs))}
-    return out | {f"ledger/{e.name}" for e in backend.list("ledger") if e.name.endswith(".jsonl")}
+    rows = {f"{at}/{e.name}" for at in ("ledger", "events") for e in backend.list(at) if e.name.endswith(".jsonl")}
+    return out | rows
 
 
 def prune(root: str) -> None:

@@ -24,7 +24,9 @@ def test_a_save_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
 def test_a_job_killed_at_every_point(fresh: Fresh, quick_folder: Path) -> None:
     deaths = fresh(kills.kills_of_a_job, str(quick_folder))
     points = [d.point for d in deaths]
-    assert "local.delete" in points and points.count("local.create.link") == 5  # generation, attempt, ..., ledger
+    assert (
+        "local.delete" in points and points.count("local.create.link") == 6
+    )  # generation, attempt, ..., ledger, events
     newest = [d.newest for d in deaths]
     assert newest == sorted(newest) and set(newest) == {2, 3}
 

@@ -384,10 +384,10 @@ def test_a_clock_that_nobody_confirms_stops_no_loop(tmp_path: Path, monkeypatch:
     cp = ckpt.Checkpointer(tmp_path / "run", {"x": 1}, storage=ckpt.Every(minutes=1e-9))
     cp.restore()
     monkeypatch.setenv("CKPT_DEADLINE", "0.01")
-    monkeypatch.setattr(cp, "_group", collective._StoreGroup(dist.HashStore(), 0, 2))
+    monkeypatch.setattr(cp._saves, "_group", collective._StoreGroup(dist.HashStore(), 0, 2))
     assert cp.step(0) is None and cp.report.failed == 1
     assert cp.report.last_error.startswith("deadline: due 0: rank 1 did not come")
-    monkeypatch.setattr(cp, "_group", collective.Solo())
+    monkeypatch.setattr(cp._saves, "_group", collective.Solo())
     assert cp.step(1) is not None and cp.close().committed == 1
 
 

@@ -76,7 +76,7 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 1) -> None:
         self.reached, self.go, self.left = threading.Event(), threading.Event(), at
-        monkeypatch.setattr(background, "_pace", lambda _: self._paced)
+        monkeypatch.setattr(background, "pace", lambda _: self._paced)
 
     def _paced(self, _: int) -> None:
         self.left -= 1
@@ -391,7 +391,7 @@ def test_nothing_durable_for_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
     cp = ckpt.Checkpointer(tmp_path / "run", {"x": torch.ones(3)}, storage=ckpt.Every(2), max_stale=5)
     cp.restore()
     cp.step(0)
-    monkeypatch.setattr(cp, "_durable", cp._durable - 6)
+    monkeypatch.setattr(cp._account, "durable", cp._account.durable - 6)
     with pytest.raises(ckpt.DeadlineError, match=r"nothing has become durable for 6 s \(max_stale=5\)"):
         cp.step(1)
     for bad in (0, -1, float("nan")):

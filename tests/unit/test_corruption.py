@@ -421,7 +421,7 @@ def left_by_a_failed_save(run: Path) -> list[str]:
 def test_without_abort_a_failed_save_leaves_its_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_by_a_failed_save(tmp_path / "a") == []
     monkeypatch.setattr("ckpt.backends.local._FileUpload.abort", lambda self: None)
-    monkeypatch.setattr("ckpt.leading.delete_tree", lambda *_: None)
+    monkeypatch.setattr("ckpt.catalog.delete_tree", lambda *_: None)
     assert left_by_a_failed_save(tmp_path / "b") == ["step-00000000.g0000/a0/rank-00000.safetensors"]
 
 

@@ -1,0 +1,213 @@
+"""What a keeper holds: parts of steps in slots, the plan that they are parts of, and how they become a checkpoint."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt import faults
+from ckpt.backends import Backend, MemoryBackend
+from ckpt.catalog import drop_attempt
+from ckpt.collective import decode, encode
+from ckpt.commit import Commit, claim_attempt, commit_step, step_folder
+from ckpt.config import Settings
+from ckpt.errors import CkptError
+from ckpt.format.codec import Codec, choose_codec
+from ckpt.format.fragment import Box
+from ckpt.format.pack import Piece, TensorSpec
+from ckpt.leading import codec_column
+from ckpt.plan import Plan
+from ckpt.scopes import merge_objects
+from ckpt.write import PackReport, Ring, Stored, decode_report, write_buffer, write_pack
+
+__all__ = ["ATTEMPT", "Held", "Memory", "Part", "Stage", "as_checkpoint", "decode_plan", "encode_plan", "persist"]
+
+Bytes = npt.NDArray[np.uint8]
+ATTEMPT = "a0"
+"""A step in memory has one attempt."""
+
+
+class Memory:
+    """One rank's part of one slot, as this process sees it."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size = fd, size
+        self._map: mmap.mmap | None = None
+
+    @property
+    def buffer(self) -> Bytes:
+        """All of it; mapped when it is first asked for."""
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Gives the memory back, once nobody else holds or maps it."""
+        os.close(self.fd)
+        self._map = None  # unmapped with the last array over it
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank said of its sealed pack; no report if it has nothing to write."""
+
+    report: PackReport | None
+    objects: Sequence[Sequence[str]]
+    metrics: Mapping[str, float]
+
+    @staticmethod
+    def of(head: Mapping[str, Any], payload: bytes) -> Part:
+        return Part(decode_report(payload), head["objects"], head["metrics"])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A complete step: `memory` of the ranks whose packs are on this host, parts of all ranks."""
+
+    generation: int
+    step: int
+    slot: int
+    plan: Plan
+    aliases: Mapping[str, str]
+    parts: Mapping[int, Part]
+    memory: Mapping[int, Memory]
+
+    @property
+    def folder(self) -> str:
+        return step_folder(self.step, self.generation)
+
+    def pack(self, rank: int) -> Bytes:
+        """The pack of a rank of this host."""
+        report = self.parts[rank].report
+        assert report is not None
+        return self.memory[rank].buffer[: report.size]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Seconds of one save to storage, and what it came to."""
+
+    write: float
+    commit: float
+    bytes: int
+
+
+def encode_plan(plan: Plan, aliases: Mapping[str, str]) -> bytes:
+    """A plan as it goes to the keeper."""
+    tensors = [[t.name, t.dtype, list(t.shape), t.variant, t.layout] for t in plan.tensors]
+    head = {"tensors": tensors, "per_rank": list(plan.per_rank), "aliases": dict(aliases)}
+    return encode(head, rank=plan.rank, tensor=plan.tensor, local=plan.local, box=plan.box)
+
+
+def decode_plan(message: bytes) -> tuple[Plan, dict[str, str]]:
+    """(plan, aliases)."""
+    head, a = decode(message)
+    tensors = tuple(TensorSpec(n, d, tuple(s), v, y) for n, d, s, v, y in head["tensors"])
+    return Plan(tensors, a["rank"], a["tensor"], a["local"], a["box"], tuple(head["per_rank"])), head["aliases"]
+
+
+def as_checkpoint(held: Held) -> tuple[bytes, bytes]:
+    """(commit, manifest): what makes a step in memory a checkpoint like any other, but for where its packs are."""
+    model = MemoryBackend(f"keeper-{os.getpid()}-{time.monotonic_ns()}")
+    _commit(model, held, (), [held.parts[rank].report for rank in sorted(held.parts)], ATTEMPT, "memory")
+    out = [model.fetch(f"{held.folder}/{name}", 1 << 40) for name in ("commit.json", f"{ATTEMPT}/manifest.safetensors")]
+    for name in ("commit.json", f"{ATTEMPT}/manifest.safetensors"):
+        model.delete(f"{held.folder}/{name}")
+    return out[0], out[1]
+
+
+def persist(
+    backend: Backend, held: Held, codecs: Sequence[tuple[str, Codec]], config: Settings, ring: Callable[[], Ring]
+) -> Stage:
+    """Slots -> storage -> commit. On failure nothing is published, and the error is raised."""
+    began = time.monotonic()
+    world, attempt, error = len(held.parts), "", None
+    publishing: list[bool] = []
+    try:
+        attempt, writer = claim_attempt(backend, held.folder, world)
+        reports: list[PackReport | None] = []
+        with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:
+            for rank in range(world):
+                faults.point("keeper write")
+                path = f"{held.folder}/{attempt}/rank-{rank:05d}.safetensors"
+                reports.append(_write(backend, path, held, rank, codecs, config, ring, threads))
+        written = time.monotonic()
+        faults.point("keeper commit")
+        commit = _commit(backend, held, codecs, reports, attempt, writer, lambda: publishing.append(True))
+        return Stage(written - began, time.monotonic() - written, commit.bytes)
+    except BaseException as e:
+        error = e
+        raise
+    finally:
+        if error is not None and attempt and not publishing:
+            drop_attempt(backend, held.folder, attempt, whole=isinstance(error, CkptError))
+
+
+def _write(
+    backend: Backend,
+    path: str,
+    held: Held,
+    rank: int,
+    codecs: Sequence[tuple[str, Codec]],
+    config: Settings,
+    ring: Callable[[], Ring],
+    threads: ThreadPoolExecutor,
+) -> PackReport | None:
+    """One rank's pack: as it is, or laid out anew where a codec applies."""
+    report = held.parts[rank].report
+    if report is None:
+        return None
+    pieces = _pieces(held.plan, rank, codecs)
+    if any(p.codec for p in pieces):
+        pack = held.pack(rank)
+        ends = zip(report.offset.tolist(), report.length.tolist(), strict=True)
+        return write_pack(backend, path, pieces, [Stored(pack[at : at + n]) for at, n in ends], ring())
+    write_buffer(backend, path, held.pack(rank), threads, config.buffer_mib << 20)
+    return report
+
+
+def _pieces(plan: Plan, rank: int, codecs: Sequence[tuple[str, Codec]]) -> list[Piece]:
+    rows = plan.rows(rank)
+    out = []
+    for t, row in zip(plan.tensor[rows].tolist(), plan.box[rows].tolist(), strict=True):
+        spec = plan.tensors[t]
+        n = len(spec.shape)
+        out.append(Piece(spec, Box(tuple(row[0][:n]), tuple(row[1][:n])), choose_codec(spec.name, codecs)))
+    return out
+
+
+def _commit(
+    backend: Backend,
+    held: Held,
+    codecs: Sequence[tuple[str, Codec]],
+    reports: Sequence[PackReport | None],
+    attempt: str,
+    writer: str,
+    publishing: Callable[[], None] = lambda: None,
+) -> Commit:
+    table, column = codec_column(held.plan, codecs)
+    ranks = sorted(held.parts)
+    objects, _ = merge_objects([held.parts[r].objects for r in ranks])
+    return commit_step(
+        backend,
+        step=held.step,
+        generation=held.generation,
+        attempt=attempt,
+        writer=writer,
+        plan=held.plan,
+        codecs=table,
+        codec=column,
+        objects=objects,
+        aliases=held.aliases,
+        reports=reports,
+        metrics=held.parts[ranks[0]].metrics,
+        publishing=publishing,
+    )

@@ -1,0 +1,408 @@
+"""Snapshots in the hands of a keeper: one rank's side of them.
+
+A life begins with one plan that all ranks agreed on; from then on no rank waits for another. Each step the keeper has
+granted is copied into a slot, beside training, and sealed; the keeper does the rest. Where the state's leaves change,
+the ranks agree anew in the background.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt import faults
+from ckpt.background import pace
+from ckpt.collective import Group
+from ckpt.config import Every, Settings, settings
+from ckpt.errors import CkptError, DeadlineError, NotFoundError
+from ckpt.format.codec import CodecRule
+from ckpt.keeper.holding import ATTEMPT
+from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.protocol import Frame
+from ckpt.keeper.source import SnapshotBackend
+from ckpt.prepared import Prepared, Preparing
+from ckpt.roll import Called
+from ckpt.saving import content_digest
+from ckpt.snapshot.arena import Slot
+from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.fence import fence_here
+from ckpt.state import Leaves
+from ckpt.write import encode_report
+
+__all__ = ["Keeping", "Outcome", "Schedule"]
+
+log = logging.getLogger("ckpt")
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When steps go to memory, when to storage, and how they are coded there."""
+
+    memory: Every
+    storage: Every | None
+    codec: CodecRule | None
+
+    def due(self, step: int) -> bool:
+        """Whether a step that is not granted counts as skipped."""
+        return any(
+            e is not None and e.steps is not None and (step + 1) % e.steps == 0 for e in (self.memory, self.storage)
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: kind "complete", "void", "stored" or "lost"; seconds and bytes of a save to storage."""
+
+    kind: str
+    step: int
+    why: str = ""
+    error: tuple[str, str] | None = None
+    write: float = 0.0
+    commit: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A snapshot that has begun. `copied` is set when the state may change again."""
+
+    step: int
+    copied: threading.Event
+    eager: float
+    bytes: int
+
+
+class Keeping:
+    """Attached to the keeper of this host on construction. `heard` is told outcomes, in a thread of its own.
+
+    Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains this run.
+    """
+
+    def __init__(self, run: str, group: Group, schedule: Schedule, heard: Callable[[Outcome], None]) -> None:
+        self._run, self._group, self._schedule, self._told = run, group, schedule, heard
+        config = settings()
+        self._name = keeper_name(run, config.job, config.host)
+        self._deadline = config.deadline
+        self._plans = Preparing(group.rank, group.world)
+        self._lock = threading.Lock()
+        self._grants: dict[int, int] = {}
+        self._at = -1
+        self._generation = 0
+        self._epoch = -1
+        self._wanted_epoch = 0
+        self._prepared: Prepared | None = None
+        self._slots: dict[int, Slot] = {}
+        self._began = False
+        self._copying = ThreadPoolExecutor(1, "ckpt-copy")
+        self._planning = ThreadPoolExecutor(1, "ckpt-plan")
+        self._stored = threading.Condition()
+        self._ends: dict[int, Outcome] = {}  # of saves to storage, by step
+        self._storing: set[int] = set()
+        self.newest: Key | None = None
+        self._attach()
+
+    # The keeper: found, lost, found again.
+
+    def _attach(self) -> None:
+        self._link = Link(self._name, self._heard, self._lost)
+        slots = sorted(self._slots.items())
+        answer = self._link.ask(
+            "attach", fds=[s.fd for _, s in slots], timeout=self._deadline, rank=self._group.rank,
+            bring=[n for n, _ in slots],
+        )  # fmt: skip
+        self.newest = (int(answer["newest"][0]), int(answer["newest"][1])) if answer["newest"] else None
+        for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
+            if number in self._slots:
+                os.close(fd)
+            else:
+                self._slots[number] = Slot(size, fd=fd)
+
+    def _lost(self, error: CkptError) -> None:
+        """The keeper died, or threw this trainer out. In the link's thread, which ends with it."""
+        log.error("ckpt: %s; snapshots stop until there is one again, training goes on", error)
+        with self._lock:
+            self._grants.clear()
+        with self._stored:
+            self._storing.clear()
+            self._ends[-1] = Outcome("lost", -1, error=(error.kind, str(error)))
+            self._stored.notify_all()
+        self._told(Outcome("lost", self._at, str(error)))
+        if error.kind == "peer" and self._began:
+            self._planning.submit(self._again)
+
+    def _again(self) -> None:
+        """Starts another keeper and hands it what this rank has: its memory, the plan."""
+        try:
+            self._attach()
+            with self._stored:
+                self._ends.pop(-1, None)
+            self._begin_here(sorted(self._slots), [], self._at + 1)
+            self._epoch = 0
+            self._join()
+        except Exception as e:
+            log.error("ckpt: no new keeper: %s; this run has no snapshots in memory any more", e)
+
+    def _heard(self, message: Frame) -> None:
+        """What the keeper says without having been asked. In the link's thread."""
+        if message.kind == "grant":
+            step, late = int(message["step"]), False
+            with self._lock:
+                late = step <= self._at
+                if not late:
+                    self._grants[step] = int(message["slot"])
+            if late:
+                self._miss(step, f"was at step {self._at} when it heard of it")
+        elif message.kind == "replan":
+            with self._lock:
+                self._grants.clear()
+                self._wanted_epoch = int(message["epoch"])
+                self._plans.diverged |= frozenset(message["diverged"])
+        elif message.kind == "storing":
+            with self._stored:
+                self._storing.add(int(message["step"]))
+        elif message.kind in ("complete", "void"):
+            self._told(Outcome(message.kind, int(message["step"]), message.head.get("why", "")))
+        elif message.kind == "stored":
+            h = message.head
+            error = (str(h["error"][0]), str(h["error"][1])) if "error" in h else None
+            out = Outcome("stored", int(message["step"]), error=error)
+            if error is None:
+                out = Outcome("stored", out.step, write=h["write"], commit=h["commit"], bytes=h["bytes"])
+            with self._stored:
+                self._storing.discard(out.step)
+                self._ends[out.step] = out
+                self._stored.notify_all()
+            self._told(out)
+
+    def _miss(self, step: int, why: str, **more: Any) -> None:
+        try:
+            self._link.tell("missed", step=step, why=why, **more)
+        except CkptError as e:
+            log.debug("ckpt: %s", e)
+
+    # Reading what is there.
+
+    def open_newest(self, key: Key) -> SnapshotBackend:
+        """A step in memory as a backend. NotFoundError if it is gone."""
+        answer = self._link.ask("open", timeout=self._deadline, key=list(key))
+        if not answer["there"]:
+            raise NotFoundError(f"step {key[1]} is no longer in the memory of this host")
+        folder, cut = str(answer["folder"]), int(answer["cut"])
+        objects = {
+            f"{folder}/commit.json": answer.payload[:cut],
+            f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
+        }
+        packs = {name: (fd, size) for (name, size), fd in zip(answer["packs"], answer.fds, strict=True)}
+        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, packs)
+
+    def done_reading(self, damaged: Key | None = None) -> None:
+        """The step that was opened may go; `damaged` if it is not what was sealed."""
+        self._link.tell("done", damaged=list(damaged) if damaged else None)
+
+    # A life.
+
+    def begin(self, state: Any, generation: int, start: int) -> None:
+        """Collective: a life begins. Agrees on the plan, reserves the slots. Raises on every rank what any of them has
+        against it: LayoutError and the like, CapacityError."""
+        self._generation, self._at = generation, start - 1
+        self._grants.clear()
+        called = self._plans.roll.call(state)
+        self._plans.agree(called.leaves, f"plan of memory {generation}", self._group)
+        need = self._plans.slot_size
+        mine = {str(n): s.size >= need for n, s in self._slots.items()}
+        count = 3 if self._schedule.storage is not None else 2
+        answer = self._group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
+        numbers: list[int] = json.loads(answer)
+        failure: bytes | Exception = b""
+        try:
+            new = self._reserve(numbers, need)
+            self._prepared = self._plans.prepare(state, called)
+            self._begin_here(numbers, new, start)
+        except Exception as e:
+            failure = e
+        self._group.round("begun", failure, lambda _: b"")
+        self._epoch = 0
+        self._began = True
+        self._join()
+
+    def _reserve(self, numbers: Sequence[int], need: int) -> list[int]:
+        """Makes the slots that are not there; gives back those that nobody uses. Returns the new ones."""
+        for number in [n for n in self._slots if n not in numbers]:
+            self._slots.pop(number).close()
+        new = [n for n in numbers if n not in self._slots]
+        for number in new:
+            self._slots[number] = Slot(need, f"ckpt-{self._group.rank}-{number}")
+        return new
+
+    def _begin_here(self, numbers: Sequence[int], new: Sequence[int], start: int) -> None:
+        s = self._schedule
+        memory, storage = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage))
+        codecs = {pattern: _codec_config(c) for pattern, c in (s.codec or {}).items()}
+        self._link.ask(
+            "begin", fds=[self._slots[n].fd for n in new], timeout=self._deadline, generation=self._generation,
+            world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, slots=list(numbers),
+            new=list(new), start=start,
+        )  # fmt: skip
+
+    def _join(self) -> None:
+        if self._plans.encoded is not None and self._prepared is not None:
+            self._link.tell("plan", self._plans.encoded, key=self._prepared.key)
+        self._link.tell("ready", epoch=self._epoch)
+
+    # A step.
+
+    def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> Taken | str:
+        """Right after a step: begins its snapshot if it was granted. Else says why not: "" if it was not due. Waits for
+        nobody; raises what collecting the state raises."""
+        with self._lock:
+            self._at = step
+            slot = self._grants.pop(step, None)
+            passed = [s for s in self._grants if s < step]
+            for s in passed:
+                del self._grants[s]
+            replan = self._wanted_epoch > self._epoch and self._link.lost is None and self._began
+        for s in passed:
+            self._miss(s, f"went from another step to {step}")
+        self._link.mention("at", step=step)
+        if replan:
+            self._replan(state)
+            return "the ranks agree on a new plan"
+        if slot is None:
+            if not self._schedule.due(step):
+                return ""
+            return str(self._link.lost) if self._link.lost is not None else "no slot was free"
+        faults.point("trainer granted")
+        try:
+            return self._take(state, step, slot, metrics)
+        except BaseException as e:
+            self._miss(step, f"{type(e).__name__}: {e}")
+            raise
+
+    def _take(self, state: Any, step: int, slot: int, metrics: Mapping[str, float]) -> Taken | str:
+        began = time.monotonic()
+        called = self._plans.roll.call(state)
+        prepared = self._prepared
+        if called.whole or prepared is None:
+            self._miss(step, "its leaves changed", replan=self._epoch)
+            return "the leaves of the state changed"
+        prepared.refresh(called)
+        copies = {name: content_digest(held) for name, held, waits in prepared.hashed if not waits}
+        later = [(name, held) for name, held, waits in prepared.hashed if waits]
+
+        def hash_rest() -> None:
+            copies.update((name, content_digest(held)) for name, held in later)
+
+        config = settings()
+        snapshot = Snapshot(
+            prepared.work.layout, prepared.sources, prepared.lazy, self._slots[slot].buffer,
+            checked=config.check_copies, and_then=hash_rest if later else None,
+        )  # fmt: skip
+        objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
+        faults.point("trainer copied eagerly")
+        head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics)}
+        self._copying.submit(self._rest, snapshot, head, copies, config)
+        fence_here().put(snapshot.copied)
+        return Taken(step, snapshot.copied, time.monotonic() - began, prepared.work.layout.size)
+
+    def _rest(self, snapshot: Snapshot, head: dict[str, Any], copies: dict[str, int], config: Settings) -> None:
+        """The lazy copies, then the seal. In the copying thread."""
+        step = int(head["step"])
+        try:
+            snapshot.copy_rest(pace(config))
+            faults.point("trainer copied")
+            report = snapshot.seal() if snapshot.layout.pieces else None
+            self._link.tell("sealed", encode_report(report), copies=copies, **head)
+            faults.point("trainer sealed")
+        except Exception as e:
+            log.error("ckpt: step %d was not sealed, training goes on: %s", step, e)
+            self._miss(step, f"{type(e).__name__}: {e}")
+
+    def _replan(self, state: Any) -> None:
+        """Agrees on a new plan in the background; the leaves are those of now."""
+        epoch = self._wanted_epoch
+        self._epoch = epoch
+        leaves: Leaves | Exception
+        called: Called | None = None
+        try:
+            called = self._plans.roll.call(state)
+            leaves = called.leaves
+        except Exception as e:
+            leaves = e
+
+        def work() -> None:
+            try:
+                self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
+                assert called is not None
+                need = self._plans.slot_size
+                grown = [n for n, s in self._slots.items() if s.size < need]
+                for number in grown:
+                    self._slots.pop(number).close()
+                new = self._reserve([*self._slots, *grown], need)
+                self._prepared = self._plans.prepare(state, called)
+                self._begin_here(sorted(self._slots), new, self._at + 1)
+                self._join()
+            except Exception as e:
+                log.error("ckpt: no new plan for snapshots, there will be none until the next restart: %s", e)
+
+        self._planning.submit(work)
+
+    # The end.
+
+    def want(self, step: int) -> bool:
+        """Asks for a step to be written to storage; False if memory does not hold it."""
+        self._ends.pop(step, None)
+        answer = self._link.ask("want", timeout=self._deadline, step=step)
+        if answer["done"]:
+            self._ends[step] = Outcome("stored", step)
+        return bool(answer["there"])
+
+    def stored(self, step: int, timeout: float) -> Outcome:
+        """Waits until a step that was asked for is in storage, or failed to get there."""
+        with self._stored:
+            if not self._stored.wait_for(lambda: step in self._ends or -1 in self._ends, timeout):
+                raise DeadlineError(f"step {step} is still being written to storage after {timeout:.0f} s")
+            return self._ends.get(step) or self._ends[-1]
+
+    def quiet(self, timeout: float | None) -> bool:
+        """Waits until nothing is being written to storage."""
+        with self._stored:
+            return self._stored.wait_for(lambda: not self._storing, timeout)
+
+    def flush(self) -> None:
+        """Has the newest complete step written to storage; from a signal handler too."""
+        self._link.mention("flush")
+
+    def close(self) -> None:
+        """Lets go: with the last trainer of the host the keeper ends, and the memory with it."""
+        self._copying.shutdown()
+        self._planning.shutdown()
+        try:
+            self._link.tell("close")
+        except CkptError as e:
+            log.debug("ckpt: %s", e)
+        self._link.close()
+        for slot in self._slots.values():
+            slot.close()
+        self._slots = {}
+
+
+def _choose_slots(letters: Sequence[bytes], count: int) -> bytes:
+    """The slots of a life: those that fit on all ranks, then new ones."""
+    ranks = [{int(n): ok for n, ok in json.loads(text).items()} for text in letters]
+    known = sorted({n for r in ranks for n in r})
+    fit = [n for n in known if all(r.get(n, False) for r in ranks)][:count]
+    first = max(known, default=-1) + 1
+    return json.dumps([*fit, *range(first, first + count - len(fit))]).encode()
+
+
+def _codec_config(codec: Any) -> Any:
+    return codec.get_config() if hasattr(codec, "get_config") else codec

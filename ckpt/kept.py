@@ -1,0 +1,205 @@
+"""Saves of a Checkpointer with a keeper: snapshots in memory, written to storage by the keeper."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt.backends import Backend
+from ckpt.background import SaveHandle
+from ckpt.collective import Group
+from ckpt.commit import step_folder
+from ckpt.config import settings
+from ckpt.errors import CkptError, PeerError, from_wire
+from ckpt.format.codec import parse_codecs
+from ckpt.keeper.source import SnapshotBackend
+from ckpt.keeping import Keeping, Outcome, Schedule
+from ckpt.saving import Planner, Request, SaveReport, save_state
+from ckpt.upkeep import Account
+
+__all__ = ["Kept"]
+
+log = logging.getLogger("ckpt")
+Key = tuple[int, int]
+
+
+class Kept:
+    """Attached on construction, which is collective. No method but `begin`, `newest` and `store` waits for other ranks.
+
+    Raises on every rank: PeerError if any has no keeper, ConflictError if somebody else trains this run.
+    """
+
+    def __init__(self, backend: Backend, group: Group, schedule: Schedule, account: Account) -> None:
+        self._backend, self._group, self._schedule, self._account = backend, group, schedule, account
+        self._handles: dict[int, SaveHandle] = {}
+        self._began = False
+        keeping: Keeping | None = None
+        failure: bytes | Exception = b""
+        try:
+            keeping = Keeping(backend.root, group, schedule, self._heard)
+        except Exception as e:
+            failure = e
+        try:
+            group.round("keepers", failure, lambda _: b"")
+        except CkptError:
+            if keeping is not None:
+                keeping.close()
+            raise
+        assert keeping is not None
+        self._keeping = keeping
+        _flush_at_sigterm(keeping)
+
+    def newest(self) -> Key | None:
+        """(generation, step) of the newest step that the keepers hold whole; collective."""
+
+        def decide(letters: list[bytes]) -> bytes:
+            return min(letters, key=lambda text: json.loads(text) or [-1, -1])
+
+        found = json.loads(self._group.round("in memory", json.dumps(self._keeping.newest).encode(), decide))
+        return (int(found[0]), int(found[1])) if found else None
+
+    def open(self, key: Key) -> SnapshotBackend:
+        """A step in memory, to load from. NotFoundError if it is gone."""
+        return self._keeping.open_newest(key)
+
+    def done(self, damaged: Key | None = None) -> None:
+        """It was read; or is damaged, and to be forgotten."""
+        self._keeping.done_reading(damaged)
+
+    def begin(self, state: Any, start: int) -> None:
+        """A life begins at step `start`; collective. Raises on every rank what keeps it from having snapshots."""
+        self._handles.clear()
+        self._keeping.begin(state, self._account.generation, start)
+        self._began = True
+
+    def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle | None:
+        """Begins the snapshot of a step, if the keepers granted it; waits for nobody."""
+        began = time.monotonic()
+        if not self._began:
+            self.begin(state, step)
+        handle = SaveHandle(step)
+        self._handles[step] = handle
+        try:
+            taken = self._keeping.step(state, step, metrics)
+        except Exception as e:
+            self._handles.pop(step, None)
+            self._account.failed(step, f"step {step} was not taken into memory, training goes on", e)
+            return None
+        if isinstance(taken, str):
+            self._handles.pop(step, None)
+            if taken:
+                self._account.skipped(step, taken)
+            return None
+        handle.follow(taken.copied)
+        handle.bytes = taken.bytes
+        handle.stalled = time.monotonic() - began
+        self._account.report.stalled += handle.stalled
+        self._account.event(
+            "snapshot", step, outcome="sealed", stall=handle.stalled, eager=taken.eager, bytes=taken.bytes
+        )
+        return handle
+
+    def _heard(self, outcome: Outcome) -> None:
+        """What became of a step; in the link's thread."""
+        a, step = self._account, outcome.step
+        if outcome.kind == "stored":
+            if outcome.error is None:
+                a.committed(self._report(outcome))
+            else:
+                a.failed(step, f"step {step} was not written to storage", from_wire(*outcome.error))
+            return
+        if outcome.kind == "lost":
+            for handle in self._take_handles(step):
+                handle.end(PeerError(outcome.why))
+        elif outcome.kind == "void":
+            a.report.voided += 1
+            for handle in self._take_handles(step, only=True):
+                handle.end(PeerError(f"step {step} is void: {outcome.why}"))
+            a.event("snapshot", step, outcome="voided", why=outcome.why)
+        else:
+            a.report.sealed += 1
+            for handle in self._take_handles(step, only=True):
+                handle.end(self._report(outcome))
+
+    def _take_handles(self, step: int, only: bool = False) -> list[SaveHandle]:
+        return [h for s in sorted(self._handles) if (s == step or not only) and (h := self._handles.pop(s, None))]
+
+    def _report(self, outcome: Outcome) -> SaveReport:
+        folder = step_folder(outcome.step, self._account.generation)
+        return SaveReport(
+            ref=f"{self._backend.root}/{folder}",
+            step=outcome.step,
+            generation=self._account.generation,
+            bytes=outcome.bytes,
+            bytes_here=0,
+            seconds=outcome.write + outcome.commit,
+            seconds_plan=0.0,
+            seconds_write=outcome.write,
+            per_rank=(),
+        )
+
+    def store(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveReport:
+        """Has a step in storage when it returns, unless it raises: by the keeper if it holds it, else by the ranks
+        themselves. Collective."""
+        deadline = settings().deadline
+        handle = self._handles.get(step)
+        if handle is not None:
+            handle.done(deadline)
+
+        def decide(_: list[bytes]) -> bytes:
+            try:
+                return b"keeper" if self._keeping.want(step) else b"ranks"
+            except CkptError:
+                return b"ranks"
+
+        if self._group.round(f"store {step}", b"", decide) == b"keeper":
+            outcome = self._keeping.stored(step, deadline)
+            verdict = self._group.round(
+                f"stored {step}", b"" if outcome.error is None else outcome.kind.encode(), lambda all_: max(all_)
+            )
+            if not verdict:
+                return next((s for s in self._account.report.saves if s.step == step), self._report(outcome))
+        request = Request(self._backend, step, self._account.generation, metrics, parse_codecs(self._schedule.codec))
+        try:
+            done = save_state(request, state, self._group, Planner())
+        except Exception as e:
+            self._account.failed(step, "", e)
+            raise
+        self._account.committed(done)
+        return done
+
+    def wait(self, timeout: float | None) -> bool:
+        """Waits until nothing is being sealed or written to storage; False if that is not so after `timeout`."""
+        until = None if timeout is None else time.monotonic() + timeout
+        for handle in list(self._handles.values()):
+            if not handle.done(None if until is None else max(0.0, until - time.monotonic())):
+                return False
+        return self._keeping.quiet(None if until is None else max(0.0, until - time.monotonic()))
+
+    def close(self) -> None:
+        """Lets go of the keeper."""
+        self._keeping.close()
+
+
+def _flush_at_sigterm(keeping: Keeping) -> None:
+    """Where a program handles SIGTERM itself, and so may live on: has the keeper write its newest step first.
+
+    Without a handler the signal ends the trainer, which tells the keeper as much.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before):
+        return
+    handler = before
+
+    def flush(number: int, frame: Any) -> None:
+        keeping.flush()
+        handler(number, frame)
+
+    signal.signal(signal.SIGTERM, flush)

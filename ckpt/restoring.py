@@ -1,0 +1,89 @@
+"""Which step to go on from: the newest that is whole, in memory or in storage, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import replace
+from typing import Any
+
+from ckpt.backends import Backend
+from ckpt.catalog import Step, lineage, list_run
+from ckpt.collective import Group
+from ckpt.commit import step_folder
+from ckpt.errors import FormatError, IntegrityError, NotFoundError
+from ckpt.keeper.source import SnapshotBackend
+from ckpt.kept import Kept
+from ckpt.loading import LoadOptions, LoadReport, load_folder
+
+__all__ = ["restore_newest"]
+
+log = logging.getLogger("ckpt")
+Key = tuple[int, int]
+_MEMORY = "memory"
+
+
+def restore_newest(
+    state: Any, backend: Backend, options: LoadOptions, group: Group, kept: Kept | None
+) -> tuple[str | None, LoadReport | None]:
+    """Tries the steps of the present, newest first. Returns the folder of the one that was loaded, and the report."""
+    snapshot = kept.newest() if kept is not None else None
+    answer = group.round("restore", b"", lambda _: "\n".join(_candidates(backend, snapshot)).encode()).decode()
+    candidates = [c for c in answer.split("\n") if c]
+    for candidate, after in itertools.zip_longest(candidates, candidates[1:]):
+        try:
+            if candidate == _MEMORY:
+                assert kept is not None and snapshot is not None
+                return step_folder(snapshot[1], snapshot[0]), _from_memory(state, options, group, kept, snapshot)
+            return candidate, load_folder(state, backend, candidate, options, group)
+        except (IntegrityError, FormatError, NotFoundError) as e:
+            if after is None:
+                raise
+            log.error("ckpt: %s/%s cannot be used, falling back to %s: %s", backend.root, candidate, after, e)
+    return None, None
+
+
+def _from_memory(state: Any, options: LoadOptions, group: Group, kept: Kept, key: Key) -> LoadReport:
+    """Loads what the keepers hold. IntegrityError or NotFoundError, on all ranks, if that is not what was sealed."""
+    opened: SnapshotBackend | Exception
+    try:
+        opened = kept.open(key)
+    except Exception as e:
+        opened = e
+    damaged = False
+    try:
+        group.round("open in memory", opened if isinstance(opened, Exception) else b"", lambda _: b"")
+        assert not isinstance(opened, Exception)
+        return load_folder(state, opened, step_folder(key[1], key[0]), options, group)
+    except (IntegrityError, FormatError):
+        damaged = True
+        raise
+    finally:
+        if not isinstance(opened, Exception):
+            opened.close()
+        kept.done(key if damaged else None)
+
+
+def _candidates(backend: Backend, snapshot: Key | None) -> list[str]:
+    """The steps that lead to the present, newest first: folders, and where `snapshot` belongs among them, "memory"."""
+    listing = list_run(backend)
+    for g in listing.generations:
+        if g.error:
+            log.error("ckpt: where generation %d came from is not known any more: %s", g.generation, g.error)
+    stored = {s.folder for s in listing.steps if s.commit is not None or s.error}
+    inside = step_folder(snapshot[1], snapshot[0]) if snapshot is not None else ""
+    if snapshot is not None and inside not in stored:
+        others = tuple(s for s in listing.steps if s.folder != inside)
+        listing = replace(listing, steps=(*others, Step(snapshot[1], snapshot[0], inside, None, "in memory")))
+    present = lineage(listing, damaged=True)
+    if listing.committed and not present:
+        log.error(
+            "ckpt: %s: its newest generation came from nowhere and saved nothing, so none of its %d checkpoints is "
+            "the present; name the one to go on from with restore(ref=...)",
+            backend.root,
+            len(listing.committed),
+        )
+    out = []
+    for s in present:
+        out += [_MEMORY] * (s.folder == inside) + [s.folder] * (s.folder in stored)
+    return out
