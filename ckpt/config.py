@@ -56,6 +56,7 @@ class Settings:
     grace         CKPT_GRACE         seconds that a keeper waits for a restart after its last trainer died (300)
     job           CKPT_JOB           name of the job, where the run's URL does not tell jobs apart ("")
     host          CKPT_HOST          name of this host among those of the job ("": its hostname)
+    bind          CKPT_BIND          address at which this host's keeper serves other hosts ("": towards the rendezvous)
     """
 
     deadline: float = 600.0
@@ -69,6 +70,7 @@ class Settings:
     grace: float = 300.0
     job: str = ""
     host: str = ""
+    bind: str = ""
 
     def __post_init__(self) -> None:
         if not self.deadline > 0:
@@ -98,6 +100,7 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
         ("grace", float),
         ("job", str),
         ("host", str),
+        ("bind", str),
     ):
         text = env.get(f"CKPT_{field.upper()}")
         if text is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +20,10 @@ from ckpt import faults
 from ckpt.background import pace
 from ckpt.collective import Group
 from ckpt.config import Every, Settings, settings
-from ckpt.errors import CkptError, DeadlineError, NotFoundError
+from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import CodecRule
-from ckpt.keeper.holding import ATTEMPT
-from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
-from ckpt.keeper.source import SnapshotBackend
 from ckpt.prepared import Prepared, Preparing
 from ckpt.roll import Called
 from ckpt.saving import content_digest
@@ -89,9 +85,6 @@ class Keeping:
 
     def __init__(self, run: str, group: Group, schedule: Schedule, heard: Callable[[Outcome], None]) -> None:
         self._run, self._group, self._schedule, self._told = run, group, schedule, heard
-        config = settings()
-        self._name = keeper_name(run, config.job, config.host)
-        self._deadline = config.deadline
         self._plans = Preparing(group.rank, group.world)
         self._lock = threading.Lock()
         self._grants: dict[int, int] = {}
@@ -100,31 +93,15 @@ class Keeping:
         self._epoch = -1
         self._wanted_epoch = 0
         self._prepared: Prepared | None = None
-        self._slots: dict[int, Slot] = {}
         self._began = False
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
         self._stored = threading.Condition()
         self._ends: dict[int, Outcome] = {}  # of saves to storage, by step
         self._storing: set[int] = set()
-        self.newest: Key | None = None
-        self._attach()
+        self.member = Member(run, group.rank, self._heard, self._lost)
 
     # The keeper: found, lost, found again.
-
-    def _attach(self) -> None:
-        self._link = Link(self._name, self._heard, self._lost)
-        slots = sorted(self._slots.items())
-        answer = self._link.ask(
-            "attach", fds=[s.fd for _, s in slots], timeout=self._deadline, rank=self._group.rank,
-            bring=[n for n, _ in slots],
-        )  # fmt: skip
-        self.newest = (int(answer["newest"][0]), int(answer["newest"][1])) if answer["newest"] else None
-        for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
-            if number in self._slots:
-                os.close(fd)
-            else:
-                self._slots[number] = Slot(size, fd=fd)
 
     def _lost(self, error: CkptError) -> None:
         """The keeper died, or threw this trainer out. In the link's thread, which ends with it."""
@@ -142,10 +119,10 @@ class Keeping:
     def _again(self) -> None:
         """Starts another keeper and hands it what this rank has: its memory, the plan."""
         try:
-            self._attach()
+            self.member.attach_again()
             with self._stored:
                 self._ends.pop(-1, None)
-            self._begin_here(sorted(self._slots), [], self._at + 1)
+            self._begin_here(sorted(self.member.slots), [], self._at + 1)
             self._epoch = 0
             self._join()
         except Exception as e:
@@ -166,6 +143,10 @@ class Keeping:
                 self._grants.clear()
                 self._wanted_epoch = int(message["epoch"])
                 self._plans.diverged |= frozenset(message["diverged"])
+        elif message.kind == "rejoin":
+            self._epoch = self._wanted_epoch = int(message["epoch"])
+            if self._began:
+                self._planning.submit(self._join)
         elif message.kind == "storing":
             with self._stored:
                 self._storing.add(int(message["step"]))
@@ -185,28 +166,9 @@ class Keeping:
 
     def _miss(self, step: int, why: str, **more: Any) -> None:
         try:
-            self._link.tell("missed", step=step, why=why, **more)
+            self.member.link.tell("missed", step=step, why=why, **more)
         except CkptError as e:
             log.debug("ckpt: %s", e)
-
-    # Reading what is there.
-
-    def open_newest(self, key: Key) -> SnapshotBackend:
-        """A step in memory as a backend. NotFoundError if it is gone."""
-        answer = self._link.ask("open", timeout=self._deadline, key=list(key))
-        if not answer["there"]:
-            raise NotFoundError(f"step {key[1]} is no longer in the memory of this host")
-        folder, cut = str(answer["folder"]), int(answer["cut"])
-        objects = {
-            f"{folder}/commit.json": answer.payload[:cut],
-            f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
-        }
-        packs = {name: (fd, size) for (name, size), fd in zip(answer["packs"], answer.fds, strict=True)}
-        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, packs)
-
-    def done_reading(self, damaged: Key | None = None) -> None:
-        """The step that was opened may go; `damaged` if it is not what was sealed."""
-        self._link.tell("done", damaged=list(damaged) if damaged else None)
 
     # A life.
 
@@ -218,7 +180,7 @@ class Keeping:
         called = self._plans.roll.call(state)
         self._plans.agree(called.leaves, f"plan of memory {generation}", self._group)
         need = self._plans.slot_size
-        mine = {str(n): s.size >= need for n, s in self._slots.items()}
+        mine = {str(n): s.size >= need for n, s in self.member.slots.items()}
         count = 3 if self._schedule.storage is not None else 2
         answer = self._group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
         numbers: list[int] = json.loads(answer)
@@ -230,33 +192,35 @@ class Keeping:
         except Exception as e:
             failure = e
         self._group.round("begun", failure, lambda _: b"")
-        self._epoch = 0
+        self._epoch = self._wanted_epoch = 0
         self._began = True
         self._join()
+        self._group.round("joined", b"", lambda _: b"")
+        self.member.link.ask("sync", timeout=self.member.deadline)  # the first grant has come
 
     def _reserve(self, numbers: Sequence[int], need: int) -> list[int]:
         """Makes the slots that are not there; gives back those that nobody uses. Returns the new ones."""
-        for number in [n for n in self._slots if n not in numbers]:
-            self._slots.pop(number).close()
-        new = [n for n in numbers if n not in self._slots]
+        for number in [n for n in self.member.slots if n not in numbers]:
+            self.member.slots.pop(number).close()
+        new = [n for n in numbers if n not in self.member.slots]
         for number in new:
-            self._slots[number] = Slot(need, f"ckpt-{self._group.rank}-{number}")
+            self.member.slots[number] = Slot(need, f"ckpt-{self._group.rank}-{number}")
         return new
 
     def _begin_here(self, numbers: Sequence[int], new: Sequence[int], start: int) -> None:
         s = self._schedule
         memory, storage = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage))
         codecs = {pattern: _codec_config(c) for pattern, c in (s.codec or {}).items()}
-        self._link.ask(
-            "begin", fds=[self._slots[n].fd for n in new], timeout=self._deadline, generation=self._generation,
+        self.member.link.ask(
+            "begin", fds=[self.member.slots[n].fd for n in new], timeout=self.member.deadline, generation=self._generation,
             world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, slots=list(numbers),
-            new=list(new), start=start,
+            new=list(new), start=start, ranks=self.member.ranks,
         )  # fmt: skip
 
     def _join(self) -> None:
         if self._plans.encoded is not None and self._prepared is not None:
-            self._link.tell("plan", self._plans.encoded, key=self._prepared.key)
-        self._link.tell("ready", epoch=self._epoch)
+            self.member.link.tell("plan", self._plans.encoded, key=self._prepared.key)
+        self.member.link.tell("ready", epoch=self._epoch)
 
     # A step.
 
@@ -269,17 +233,17 @@ class Keeping:
             passed = [s for s in self._grants if s < step]
             for s in passed:
                 del self._grants[s]
-            replan = self._wanted_epoch > self._epoch and self._link.lost is None and self._began
+            replan = self._wanted_epoch > self._epoch and self.member.link.lost is None and self._began
         for s in passed:
             self._miss(s, f"went from another step to {step}")
-        self._link.mention("at", step=step)
+        self.member.link.mention("at", step=step)
         if replan:
             self._replan(state)
             return "the ranks agree on a new plan"
         if slot is None:
             if not self._schedule.due(step):
                 return ""
-            return str(self._link.lost) if self._link.lost is not None else "no slot was free"
+            return str(self.member.link.lost) if self.member.link.lost is not None else "no slot was free"
         faults.point("trainer granted")
         try:
             return self._take(state, step, slot, metrics)
@@ -303,7 +267,7 @@ class Keeping:
 
         config = settings()
         snapshot = Snapshot(
-            prepared.work.layout, prepared.sources, prepared.lazy, self._slots[slot].buffer,
+            prepared.work.layout, prepared.sources, prepared.lazy, self.member.slots[slot].buffer,
             checked=config.check_copies, and_then=hash_rest if later else None,
         )  # fmt: skip
         objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
@@ -320,7 +284,7 @@ class Keeping:
             snapshot.copy_rest(pace(config))
             faults.point("trainer copied")
             report = snapshot.seal() if snapshot.layout.pieces else None
-            self._link.tell("sealed", encode_report(report), copies=copies, **head)
+            self.member.link.tell("sealed", encode_report(report), copies=copies, **head)
             faults.point("trainer sealed")
         except Exception as e:
             log.error("ckpt: step %d was not sealed, training goes on: %s", step, e)
@@ -343,12 +307,12 @@ class Keeping:
                 self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
                 assert called is not None
                 need = self._plans.slot_size
-                grown = [n for n, s in self._slots.items() if s.size < need]
+                grown = [n for n, s in self.member.slots.items() if s.size < need]
                 for number in grown:
-                    self._slots.pop(number).close()
-                new = self._reserve([*self._slots, *grown], need)
+                    self.member.slots.pop(number).close()
+                new = self._reserve([*self.member.slots, *grown], need)
                 self._prepared = self._plans.prepare(state, called)
-                self._begin_here(sorted(self._slots), new, self._at + 1)
+                self._begin_here(sorted(self.member.slots), new, self._at + 1)
                 self._join()
             except Exception as e:
                 log.error("ckpt: no new plan for snapshots, there will be none until the next restart: %s", e)
@@ -360,7 +324,7 @@ class Keeping:
     def want(self, step: int) -> bool:
         """Asks for a step to be written to storage; False if memory does not hold it."""
         self._ends.pop(step, None)
-        answer = self._link.ask("want", timeout=self._deadline, step=step)
+        answer = self.member.link.ask("want", timeout=self.member.deadline, step=step)
         if answer["done"]:
             self._ends[step] = Outcome("stored", step)
         return bool(answer["there"])
@@ -379,20 +343,20 @@ class Keeping:
 
     def flush(self) -> None:
         """Has the newest complete step written to storage; from a signal handler too."""
-        self._link.mention("flush")
+        self.member.link.mention("flush")
 
     def close(self) -> None:
         """Lets go: with the last trainer of the host the keeper ends, and the memory with it."""
         self._copying.shutdown()
         self._planning.shutdown()
         try:
-            self._link.tell("close")
+            self.member.link.tell("close")
         except CkptError as e:
             log.debug("ckpt: %s", e)
-        self._link.close()
-        for slot in self._slots.values():
+        self.member.link.close()
+        for slot in self.member.slots.values():
             slot.close()
-        self._slots = {}
+        self.member.slots.clear()
 
 
 def _choose_slots(letters: Sequence[bytes], count: int) -> bytes:

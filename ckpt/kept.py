@@ -45,31 +45,33 @@ class Kept:
         except Exception as e:
             failure = e
         try:
-            group.round("keepers", failure, lambda _: b"")
+            group.round("attached", failure, lambda _: b"")
         except CkptError:
             if keeping is not None:
                 keeping.close()
             raise
         assert keeping is not None
         self._keeping = keeping
+        keeping.member.meet(group)
         _flush_at_sigterm(keeping)
 
     def newest(self) -> Key | None:
         """(generation, step) of the newest step that the keepers hold whole; collective."""
 
         def decide(letters: list[bytes]) -> bytes:
-            return min(letters, key=lambda text: json.loads(text) or [-1, -1])
+            common = set.intersection(*({tuple(key) for key in json.loads(text)} for text in letters))
+            return json.dumps(max(common, default=None)).encode()
 
-        found = json.loads(self._group.round("in memory", json.dumps(self._keeping.newest).encode(), decide))
+        found = json.loads(self._group.round("in memory", json.dumps(self._keeping.member.steps).encode(), decide))
         return (int(found[0]), int(found[1])) if found else None
 
     def open(self, key: Key) -> SnapshotBackend:
         """A step in memory, to load from. NotFoundError if it is gone."""
-        return self._keeping.open_newest(key)
+        return self._keeping.member.open_newest(key)
 
     def done(self, damaged: Key | None = None) -> None:
         """It was read; or is damaged, and to be forgotten."""
-        self._keeping.done_reading(damaged)
+        self._keeping.member.done_reading(damaged)
 
     def begin(self, state: Any, start: int) -> None:
         """A life begins at step `start`; collective. Raises on every rank what keeps it from having snapshots."""

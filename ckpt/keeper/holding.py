@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from ckpt import faults
 from ckpt.backends import Backend, MemoryBackend
 from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
-from ckpt.commit import Commit, claim_attempt, commit_step, step_folder
+from ckpt.commit import Commit, commit_step, step_folder
 from ckpt.config import Settings
 from ckpt.errors import CkptError
 from ckpt.format.codec import Codec, choose_codec
@@ -26,9 +25,19 @@ from ckpt.format.pack import Piece, TensorSpec
 from ckpt.leading import codec_column
 from ckpt.plan import Plan
 from ckpt.scopes import merge_objects
-from ckpt.write import PackReport, Ring, Stored, decode_report, write_buffer, write_pack
+from ckpt.write import PackReport, Ring, Stored, write_buffer, write_pack
 
-__all__ = ["ATTEMPT", "Held", "Memory", "Part", "Stage", "as_checkpoint", "decode_plan", "encode_plan", "persist"]
+__all__ = [
+    "ATTEMPT",
+    "Held",
+    "Memory",
+    "Part",
+    "as_checkpoint",
+    "commit_held",
+    "decode_plan",
+    "encode_plan",
+    "write_packs",
+]
 
 Bytes = npt.NDArray[np.uint8]
 ATTEMPT = "a0"
@@ -63,10 +72,6 @@ class Part:
     objects: Sequence[Sequence[str]]
     metrics: Mapping[str, float]
 
-    @staticmethod
-    def of(head: Mapping[str, Any], payload: bytes) -> Part:
-        return Part(decode_report(payload), head["objects"], head["metrics"])
-
 
 @dataclass(frozen=True)
 class Held:
@@ -79,6 +84,7 @@ class Held:
     aliases: Mapping[str, str]
     parts: Mapping[int, Part]
     memory: Mapping[int, Memory]
+    hosts: Mapping[int, str] = field(default_factory=dict)  # of all ranks
 
     @property
     def folder(self) -> str:
@@ -89,15 +95,6 @@ class Held:
         report = self.parts[rank].report
         assert report is not None
         return self.memory[rank].buffer[: report.size]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Seconds of one save to storage, and what it came to."""
-
-    write: float
-    commit: float
-    bytes: int
 
 
 def encode_plan(plan: Plan, aliases: Mapping[str, str]) -> bytes:
@@ -124,31 +121,42 @@ def as_checkpoint(held: Held) -> tuple[bytes, bytes]:
     return out[0], out[1]
 
 
-def persist(
-    backend: Backend, held: Held, codecs: Sequence[tuple[str, Codec]], config: Settings, ring: Callable[[], Ring]
-) -> Stage:
-    """Slots -> storage -> commit. On failure nothing is published, and the error is raised."""
-    began = time.monotonic()
-    world, attempt, error = len(held.parts), "", None
+def write_packs(
+    backend: Backend,
+    held: Held,
+    attempt: str,
+    codecs: Sequence[tuple[str, Codec]],
+    config: Settings,
+    ring: Callable[[], Ring],
+) -> dict[int, PackReport | None]:
+    """The packs of this host's ranks: slots -> storage. On failure nothing of the pack under way is left."""
+    out = {}
+    with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:
+        for rank in sorted(held.memory):
+            faults.point("keeper write")
+            path = f"{held.folder}/{attempt}/rank-{rank:05d}.safetensors"
+            out[rank] = _write(backend, path, held, rank, codecs, config, ring, threads)
+    return out
+
+
+def commit_held(
+    backend: Backend,
+    held: Held,
+    codecs: Sequence[tuple[str, Codec]],
+    reports: Mapping[int, PackReport | None],
+    attempt: str,
+    writer: str,
+) -> Commit:
+    """The commit of packs that are all in storage. On failure before it is published nothing of the attempt is left."""
     publishing: list[bool] = []
     try:
-        attempt, writer = claim_attempt(backend, held.folder, world)
-        reports: list[PackReport | None] = []
-        with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:
-            for rank in range(world):
-                faults.point("keeper write")
-                path = f"{held.folder}/{attempt}/rank-{rank:05d}.safetensors"
-                reports.append(_write(backend, path, held, rank, codecs, config, ring, threads))
-        written = time.monotonic()
         faults.point("keeper commit")
-        commit = _commit(backend, held, codecs, reports, attempt, writer, lambda: publishing.append(True))
-        return Stage(written - began, time.monotonic() - written, commit.bytes)
+        ordered = [reports[rank] for rank in sorted(held.parts)]
+        return _commit(backend, held, codecs, ordered, attempt, writer, lambda: publishing.append(True))
     except BaseException as e:
-        error = e
+        if not publishing:
+            drop_attempt(backend, held.folder, attempt, whole=isinstance(e, CkptError))
         raise
-    finally:
-        if error is not None and attempt and not publishing:
-            drop_attempt(backend, held.folder, attempt, whole=isinstance(error, CkptError))
 
 
 def _write(

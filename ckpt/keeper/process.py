@@ -1,5 +1,5 @@
-"""The keeper: one process per host and job. Holds what the trainers of its host sealed, says which steps are next,
-writes steps to storage, and outlives the trainers.
+"""The keeper: one process per host and job. Holds what the trainers of its host sealed, passes on which steps are next,
+writes their packs to storage, and outlives the trainers.
 
     WAITING    no trainer has begun a life yet; ends after the grace time
     SERVING    a life is under way
@@ -7,392 +7,398 @@ writes steps to storage, and outlives the trainers.
                may begin until the grace time is over, then it ends
     CLOSING    every trainer said `close`: ends when nothing is being written
 
-Started by a trainer through `ckpt.keeper.link`, in a session of its own. A thread for storage apart, everything happens
-in one loop over sockets that never block.
+Started by a trainer through `ckpt.keeper.link`, in a session of its own. What happens on this host is told to the seat
+of the lead, which is here or at the keeper of another host; what that orders is done here.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
-import selectors
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 from ckpt import faults
-from ckpt.backends import Backend, backend_for
 from ckpt.config import Every, Settings
-from ckpt.errors import CkptError, ConflictError, to_wire
-from ckpt.format.codec import Codec
-from ckpt.keeper.holding import ATTEMPT, Held, Part, Stage, as_checkpoint, persist
-from ckpt.keeper.lead import Complete, Decision, Grant, Lead, Persist, Replan, Sealed, Stepped, Void
-from ckpt.keeper.protocol import Connection, Frame, frame, own_peer
+from ckpt.errors import CkptError, ConflictError, NotFoundError, to_wire
+from ckpt.format.codec import parse_codecs
+from ckpt.keeper.holding import as_checkpoint, write_packs
+from ckpt.keeper.loop import Loop, Peer
+from ckpt.keeper.protocol import Frame, frame, greet
+from ckpt.keeper.seat import Life, Seat
 from ckpt.keeper.vault import Vault
-from ckpt.write import Ring
+from ckpt.write import Ring, encode_report
 
 __all__ = ["Keeper"]
 
 log = logging.getLogger("ckpt.keeper")
+_RETRY = 1.0  # seconds between two attempts to reach the lead
+_RANGE = 16 << 20  # bytes that one answer may carry
 
 
-@dataclass(eq=False)
-class _Trainer:
-    """One connection. `rank` is -1 until it has attached."""
-
-    link: Connection
-    pid: int
-    rank: int = -1
-    closed: bool = False
-    living: bool = False  # takes part in the life under way
-
-
-@dataclass(frozen=True)
-class _Life:
-    """What the trainers told when their life began."""
-
-    generation: int
-    world: int
-    run: str
-    codecs: tuple[tuple[str, Codec], ...]
-
-
-@dataclass
 class Keeper:
-    """The main loop and all that is held. `listener`: a listening Unix socket; `grace`: seconds."""
+    """`listener`: a listening Unix socket; `grace`: seconds."""
 
-    listener: socket.socket
-    config: Settings
-    grace: float
-    clock: Callable[[], float] = time.monotonic
-    lead: Lead | None = None
-    life: _Life | None = None
-    vault: Vault = field(default_factory=Vault)
-    _trainers: list[_Trainer] = field(default_factory=list)
-    _ended: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
-    _ring: Ring | None = None
-    _ending: bool = False
-
-    def __post_init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+    def __init__(self, listener: socket.socket, config: Settings, grace: float) -> None:
+        self.config, self.grace, self.clock = config, grace, time.monotonic
+        self.loop = Loop(self._hear, self._gone)
+        self.loop.listen(listener)
+        self.vault = Vault()
+        self.seat = Seat(self._order, self._work, self.loop.after, self.vault.held, config.direct)
+        self.life: Life | None = None
+        self.host = config.host or socket.gethostname()
+        self.lead_host = self.host
+        self.addresses: dict[str, tuple[str, int]] = {}
+        self._lead: Peer | None = None  # the keeper that has the seat, if it is not this one
+        self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
-        self._bell, self._ear = socket.socketpair()
-        self._ear.setblocking(False)
-        self.listener.setblocking(False)
-        self._selector.register(self.listener, selectors.EVENT_READ, None)
-        self._selector.register(self._ear, selectors.EVENT_READ, None)
-        self._until: float | None = self.clock() + self.grace
-
-    # The loop.
+        self._ring: Ring | None = None
+        self._granted: set[int] = set()  # slots that trainers may be writing to
+        self._busy = 0
+        self._ending = False
+        self._until: float | None = self.clock() + grace
+        self.loop.after(grace, lambda: None)
 
     def run(self) -> None:
         """Until the life cycle is over."""
-        signal.signal(signal.SIGTERM, lambda *_: self._later(self._terminate))
-        while not self._over():
-            timeout = None if self._until is None else max(0.0, self._until - self.clock())
-            for key, mask in self._selector.select(timeout):
-                if key.fileobj is self.listener:
-                    self._accept()
-                elif key.fileobj is self._ear:
-                    self._ear.recv(4096)
-                else:
-                    self._serve(key.data, mask)
-            while not self._ended.empty():
-                self._ended.get()()
-        for trainer in list(self._trainers):
-            self._hang_up(trainer)
+        signal.signal(signal.SIGTERM, lambda *_: self.loop.later(self._terminate))
+        self.loop.run(self._over)
         self._storage.shutdown()
 
     def _over(self) -> bool:
-        if self.lead is not None and self.lead.persisting is not None:
+        if self._busy or self.seat.busy:
             return False
-        if self._ending:
-            return True
-        return self._until is not None and self.clock() >= self._until
+        return self._ending or (self._until is not None and self.clock() >= self._until)
 
-    def _later(self, action: Callable[[], None]) -> None:
-        """Has the loop do something; from any thread, or a signal handler."""
-        self._ended.put(action)
-        self._bell.send(b"!")
+    def _work(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Runs a function in the storage thread; the loop hears its result, or its error."""
+        self._busy += 1
 
-    def _accept(self) -> None:
-        try:
-            sock, _ = self.listener.accept()
-        except OSError:
-            return
-        sock.setblocking(False)
-        try:
-            pid = own_peer(sock)
-        except CkptError:
-            sock.close()
-            return
-        trainer = _Trainer(Connection(sock), pid)
-        self._trainers.append(trainer)
-        self._selector.register(sock, selectors.EVENT_READ, trainer)
-
-    def _serve(self, trainer: _Trainer, mask: int) -> None:
-        alive = True
-        if mask & selectors.EVENT_READ:
+        def work() -> None:
             try:
-                alive = trainer.link.fill()
-                for message in trainer.link.frames():
-                    self._hear(trainer, message)
-            except CkptError as e:
-                self._tell(trainer, frame("refused", error=to_wire(e)))
-                alive = False
-        if mask & selectors.EVENT_WRITE:
-            alive = trainer.link.drain() and alive
-        if not alive:
-            trainer.link.drain()
-            self._gone(trainer)
-        else:
-            self._watch(trainer)
+                result = function()
+            except Exception as e:
+                result = e
+            self.loop.later(lambda: done(result))
 
-    def _watch(self, trainer: _Trainer) -> None:
-        if trainer in self._trainers:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if trainer.link.waiting else 0)
-            self._selector.modify(trainer.link.sock, wanted, trainer)
+        def done(result: Any) -> None:
+            self._busy -= 1
+            then(result)
 
-    def _tell(self, trainer: _Trainer, message: Frame) -> None:
-        trainer.link.put(message)
-        trainer.link.drain()
-        self._watch(trainer)
+        self._storage.submit(work)
 
-    def _tell_all(self, message: Frame) -> None:
-        for trainer in self._trainers:
-            if trainer.living:
-                self._tell(trainer, message)
+    # What others say.
 
-    # Trainers come and go.
+    def _hear(self, peer: Peer, message: Frame) -> None:
+        """One message. An error is the sender's, and ends its connection."""
+        try:
+            if peer.role == "trainer":
+                if peer.rank < 0 and message.kind not in ("attach", "look"):
+                    raise ConflictError(f"{message.kind!r} from somebody who has not attached")
+                self._answer(peer, message, getattr(self, f"_on_{message.kind}", None))
+            elif peer.role == "caller":
+                self._answer(peer, message, getattr(self, f"_call_{message.kind}", None))
+            elif peer is self._lead:
+                self._obey(message)
+            else:
+                self.seat.hear(message)
+        except (KeyError, TypeError, ValueError, IndexError, AssertionError) as e:
+            if isinstance(e, CkptError):
+                raise
+            raise ConflictError(f"{message.kind!r} makes no sense here ({type(e).__name__}: {e})") from e
 
-    def _hear(self, trainer: _Trainer, message: Frame) -> None:
-        """One message. An error is the trainer's, and ends its connection."""
-        answer = getattr(self, f"_on_{message.kind}", None)
-        if answer is None or (trainer.rank < 0 and message.kind not in ("attach", "inventory")):
-            raise ConflictError(f"a trainer said {message.kind!r}, which this keeper does not expect here")
-        found = answer(trainer, message)
-        if isinstance(found, Frame):
-            self._tell(trainer, Frame("answer", {**found.head, "id": message["id"]}, found.payload, found.fds))
+    def _answer(self, peer: Peer, message: Frame, answer: Callable[[Peer, Frame], Frame | None] | None) -> None:
+        if answer is None:
+            raise ConflictError(f"{message.kind!r}, which this keeper does not know")
+        found = answer(peer, message)
+        if found is not None:
+            self.loop.tell(peer, Frame("answer", {**found.head, "id": message["id"]}, found.payload, found.fds))
 
-    def _on_attach(self, trainer: _Trainer, message: Frame) -> Frame:
+    def _event(self, event: Frame) -> None:
+        """Tells the seat."""
+        if self.lead_host == self.host:
+            self.seat.hear(event)
+        elif self._lead is not None:
+            self.loop.tell(self._lead, event)
+
+    # Trainers.
+
+    def _on_attach(self, peer: Peer, message: Frame) -> Frame:
         """A trainer says who it is; it is told what there is, and gets the memory of its rank."""
         rank = int(message["rank"])
-        for other in self._trainers:
-            if other.rank == rank and other is not trainer:
-                if _alive(other.pid):
-                    raise ConflictError(
-                        f"rank {rank} of this run is being trained by process {other.pid}; one job at a time may write to "
-                        "a run: end that one, or name another run"
-                    )
-                self._fence(other)
-        trainer.rank = rank
+        for other in [p for p in self.loop.peers if p.rank == rank and p is not peer]:
+            if _alive(other.pid):
+                raise ConflictError(
+                    f"rank {rank} of this run is being trained by process {other.pid}; one job at a time may write to "
+                    "a run: end that one, or name another run"
+                )
+            self._fence(other)
+        peer.rank = rank
         self._until = None
         self.vault.put(rank, message["bring"], message.fds, replace=False)  # if this keeper is new: its predecessor's
         faults.point("keeper attached")
         own = self.vault.of(rank)
         slots = [[slot, m.size] for slot, m in own]
-        return frame("answer", fds=[m.fd for _, m in own], slots=slots, newest=self.vault.newest())
+        steps = sorted(self.vault.held)
+        return frame(
+            "answer",
+            fds=[m.fd for _, m in own],
+            slots=slots,
+            steps=steps,
+            host=self.host,
+            secret=self.loop.secret.hex(),
+        )
 
-    def _on_begin(self, trainer: _Trainer, message: Frame) -> Frame:
+    def _on_listen(self, peer: Peer, message: Frame) -> Frame:
+        """The job has several hosts: opens the door for their keepers and trainers, who have to know the secret."""
+        if self._tcp is None:
+            sock = socket.create_server((str(message["address"]), int(message["port"])), backlog=256)
+            self._tcp = sock
+            self.loop.listen(sock)
+        return frame("answer", port=self._tcp.getsockname()[1])
+
+    def _on_peers(self, peer: Peer, message: Frame) -> Frame:
+        """The keepers of the job, by host: where they listen, which of them has the seat, what they have to know."""
+        self.addresses = {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
+        self.loop.secret = bytes.fromhex(message["secret"])
+        if message["lead"] != self.lead_host or self._lead is None:
+            self.lead_host = str(message["lead"])
+            if self.lead_host != self.host:
+                self._reach()
+        return frame("answer")
+
+    def _on_begin(self, peer: Peer, message: Frame) -> Frame:
         """A life begins, or a trainer joins the one that has begun."""
-        from ckpt.format.codec import parse_codecs
-
-        generation, world, start = int(message["generation"]), int(message["world"]), int(message["start"])
+        generation = int(message["generation"])
         known = self.life
         if known is not None and generation < known.generation:
             raise ConflictError(f"generation {generation} is over: generation {known.generation} of this run has begun")
-        if self.lead is None:
-            memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
-            self.lead = Lead(world, memory or Every(1), storage)
-        if known is None or generation > known.generation or not any(t.living for t in self._trainers):
-            memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
-            self.lead.memory, self.lead.storage = memory or Every(1), storage
-            self.life = _Life(generation, world, str(message["run"]), parse_codecs(message["codecs"]))
-            self.lead.begin(generation, world, message["slots"], start, self.clock())
-        self.vault.put(trainer.rank, message["new"], message.fds, replace=True)
-        self.lead.use(message["slots"])
-        trainer.living = True
-        self.vault.forget(self.lead)
+        first = known is None or generation > known.generation or not any(p.living for p in self.loop.peers)
+        slots = [int(n) for n in message["slots"]]
+        if first:
+            hosts = {int(rank): str(host) for rank, host in message["ranks"].items()}
+            codecs = parse_codecs(message["codecs"])
+            self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts)
+            self._granted.clear()
+            if self.lead_host == self.host:
+                memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
+                self.seat.begin(self.life, memory, storage, slots, int(message["start"]))
+        self.vault.put(peer.rank, message["new"], message.fds, replace=True)
+        peer.living = True
+        if not first:
+            self._event(frame("slots", slots=slots))
         return frame("answer")
 
-    def _on_plan(self, trainer: _Trainer, message: Frame) -> None:
-        self.vault.plan(str(message["key"]), message.payload)
+    def _on_plan(self, peer: Peer, message: Frame) -> None:
+        self._order(frame("plan", message.payload, key=message["key"]))
 
-    def _on_ready(self, trainer: _Trainer, message: Frame) -> None:
-        assert self.lead is not None
-        self._do(self.lead.join(trainer.rank, int(message["epoch"]), self.clock()))
+    def _on_ready(self, peer: Peer, message: Frame) -> None:
+        self._event(frame("ready", rank=peer.rank, epoch=message["epoch"]))
 
-    def _on_at(self, trainer: _Trainer, message: Frame) -> None:
-        assert self.lead is not None
-        self._do(self.lead.step(Stepped(int(message["step"]), self.clock())))
+    def _on_sync(self, peer: Peer, message: Frame) -> Frame:
+        """Everything that was said before has been heard."""
+        return frame("answer")
 
-    def _on_sealed(self, trainer: _Trainer, message: Frame) -> None:
-        assert self.lead is not None
-        step, plan = int(message["step"]), str(message["plan"])
-        faults.point("keeper sealed")
-        self.vault.seal((self.lead.generation, step), trainer.rank, plan, Part.of(message.head, message.payload))
-        part = Sealed(plan, {str(k): int(v) for k, v in message["copies"].items()})
-        self._do(self.lead.seal(trainer.rank, step, part, self.clock()))
+    def _on_at(self, peer: Peer, message: Frame) -> None:
+        self._event(frame("at", step=message["step"]))
 
-    def _on_missed(self, trainer: _Trainer, message: Frame) -> None:
-        assert self.lead is not None
-        self._do(self.lead.seal(trainer.rank, int(message["step"]), str(message["why"]), self.clock()))
-        if message.head.get("replan") == self.lead.epoch:
-            self._do(self.lead.replan())
+    def _on_sealed(self, peer: Peer, message: Frame) -> None:
+        self._event(Frame("sealed", {**message.head, "rank": peer.rank}, message.payload))
 
-    def _on_want(self, trainer: _Trainer, message: Frame) -> Frame:
-        assert self.lead is not None
-        there, decisions = self.lead.want(int(message["step"]))
-        done = there and self.lead.persisted == (self.lead.generation, int(message["step"]))
-        self._do(decisions)
+    def _on_missed(self, peer: Peer, message: Frame) -> None:
+        self._event(Frame("missed", {**message.head, "rank": peer.rank}))
+
+    def _on_want(self, peer: Peer, message: Frame) -> Frame:
+        there, done = self.seat.want(int(message["step"]))
         return frame("answer", there=there, done=done)
 
-    def _on_open(self, trainer: _Trainer, message: Frame) -> Frame:
-        """A step for reading: its commit and manifest, and the memory of the packs that are here."""
-        held = self.vault.held.get(tuple(message["key"]))
-        if held is None or self.lead is None:
+    def _on_open(self, peer: Peer, message: Frame) -> Frame:
+        """A step for reading: its commit and manifest, the memory of the packs that are here, where the others are."""
+        held = self.vault.held.get((int(message["key"][0]), int(message["key"][1])))
+        if held is None:
             return frame("answer", there=False)
-        self.lead.read(held.slot, f"rank {trainer.rank}")
+        self._event(frame("reading", rank=peer.rank, slot=held.slot))
         commit, manifest = as_checkpoint(held)
-        ranks = sorted(r for r in held.memory if held.parts[r].report is not None)
-        fds = [held.memory[r].fd for r in ranks]
-        names = [f"{held.folder}/{ATTEMPT}/rank-{r:05d}.safetensors" for r in ranks]
-        packs = [[name, len(held.pack(r))] for name, r in zip(names, ranks, strict=True)]
-        return frame("answer", commit + manifest, fds, there=True, folder=held.folder, cut=len(commit), packs=packs)
+        sizes = {r: part.report.size for r, part in held.parts.items() if part.report is not None}
+        here = sorted(r for r in sizes if r in held.memory)
+        packs = [[r, sizes[r]] for r in here]
+        away = [[r, sizes[r], *self.addresses.get(held.hosts[r], ("", 0))] for r in sizes if r not in held.memory]
+        return frame(
+            "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
+            cut=len(commit), packs=packs, away=away,
+        )  # fmt: skip
 
-    def _on_done(self, trainer: _Trainer, message: Frame) -> None:
-        assert self.lead is not None
-        if message.head.get("damaged"):
-            key = (int(message["damaged"][0]), int(message["damaged"][1]))
-            self.lead.damaged(key)
-            self.vault.held.pop(key, None)
-        self._do(self.lead.done_reading(f"rank {trainer.rank}", self.clock()))
+    def _on_done(self, peer: Peer, message: Frame) -> None:
+        self._event(frame("done", rank=peer.rank, damaged=message["damaged"]))
 
-    def _on_flush(self, trainer: _Trainer, message: Frame) -> None:
-        self._terminate()
+    def _on_flush(self, peer: Peer, message: Frame) -> None:
+        self._event(frame("rescue", deserted=False))
 
-    def _on_close(self, trainer: _Trainer, message: Frame) -> None:
-        trainer.closed = True
+    def _on_close(self, peer: Peer, message: Frame) -> None:
+        peer.closed = True
 
-    def _gone(self, trainer: _Trainer) -> None:
-        """A connection has ended. The last one decides what becomes of the job."""
-        self._hang_up(trainer)
-        if self.lead is not None and trainer.living:
-            self._do(self.lead.done_reading(f"rank {trainer.rank}", self.clock()))
-            self._do(self.lead.leave(trainer.rank, "its trainer is gone", self.clock()))
-        if any(t.rank >= 0 for t in self._trainers):
-            return
-        if trainer.closed:
-            self._ending = True
-        elif trainer.rank >= 0:
-            self._until = self.clock() + self.grace
-            faults.point("keeper orphaned")
-            if self.lead is not None:
-                self._do(self.lead.rescue())
+    def _on_look(self, peer: Peer, message: Frame) -> Frame:
+        """What this keeper holds, for people."""
+        steps = [
+            {"generation": h.generation, "step": h.step, "ranks": sorted(h.memory), "bytes": sum(len(h.pack(r)) for r in h.memory)}
+            for h in self.vault.held.values()
+        ]  # fmt: skip
+        trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
+        return frame(
+            "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.lead_host,
+            steps=steps, trainers=trainers, memory=self.vault.nbytes,
+        )  # fmt: skip
 
-    def _fence(self, trainer: _Trainer) -> None:
+    def _fence(self, peer: Peer) -> None:
         """Cuts off a trainer that was replaced. If it still exists it may go on writing into a slot that was granted to
         it: that memory is not used again."""
-        if trainer.living and self.lead is not None:
-            self.vault.take_away(trainer.rank, self.lead.open_grants())
-        trainer.closed = False
-        self._hang_up(trainer)
-        if trainer.living and self.lead is not None:
-            self._do(self.lead.leave(trainer.rank, "its trainer was replaced", self.clock()))
+        self.vault.take_away(peer.rank, sorted(self._granted))
+        self.loop.hang_up(peer)
+        if peer.living:
+            self._event(frame("left", rank=peer.rank, why="its trainer was replaced"))
 
-    def _hang_up(self, trainer: _Trainer) -> None:
-        if trainer in self._trainers:
-            self._trainers.remove(trainer)
-            self._selector.unregister(trainer.link.sock)
-            trainer.link.close()
+    def _gone(self, peer: Peer) -> None:
+        """A connection has ended. The last trainer's decides what becomes of the job."""
+        if peer is self._lead:
+            log.error("lost the keeper of %s, which leads; no snapshots until it is back", self.lead_host)
+            self._lead = None
+            self.loop.after(_RETRY, self._reach)
+        elif peer.role == "host":
+            self.seat.host_gone(peer.host)
+        elif peer.role == "trainer":
+            if peer.living:
+                self._event(frame("left", rank=peer.rank, why="its trainer is gone"))
+            if peer.rank >= 0 and not any(p.rank >= 0 for p in self.loop.peers):
+                self._deserted(peer.closed)
+
+    def _deserted(self, closed: bool) -> None:
+        if closed:
+            self._ending = True
+            return
+        self._until = self.clock() + self.grace
+        self.loop.after(self.grace, lambda: None)
+        faults.point("keeper orphaned")
+        self._event(frame("rescue", deserted=True))
 
     def _terminate(self) -> None:
         """SIGTERM: whatever else happens, the newest complete step is to reach storage."""
-        if self.lead is not None:
-            self._do(self.lead.rescue())
-        if not any(t.living for t in self._trainers):
+        self._event(frame("rescue", deserted=False))
+        if not any(p.living for p in self.loop.peers):
             self._ending = True
 
-    # What was decided.
+    # Orders.
 
-    def _do(self, decisions: Sequence[Decision]) -> None:
-        for d in decisions:
-            if isinstance(d, Grant):
-                self._tell_all(frame("grant", step=d.step, slot=d.slot))
-            elif isinstance(d, Void):
-                assert self.lead is not None
-                self.vault.drop((self.lead.generation, d.step))
-                self._tell_all(frame("void", step=d.step, why=d.why))
-            elif isinstance(d, Replan):
-                assert self.lead is not None
-                self._tell_all(frame("replan", epoch=d.epoch, diverged=sorted(self.lead.diverged)))
-            elif isinstance(d, Complete):
-                assert self.lead is not None
-                self.vault.complete(d, self.lead.world)
-                faults.point("keeper complete")
-                self._tell_all(frame("complete", step=d.key[1]))
-            elif isinstance(d, Persist):
-                self._persist(d)
-        if self.lead is not None:
-            self.vault.forget(self.lead)
+    def _order(self, order: Frame) -> None:
+        """To all keepers of the job, from this one."""
+        for peer in [p for p in self.loop.peers if p.role == "host"]:
+            self.loop.tell(peer, order)
+        self._obey(order)
 
-    def _persist(self, d: Persist) -> None:
-        """Writes a step in the storage thread; the loop hears how it ended."""
-        held, life = self.vault.held[d.key], self.life
+    def _obey(self, order: Frame) -> None:
+        kind = order.kind
+        if kind == "plan":
+            self.vault.plan(str(order["key"]), order.payload)
+        elif kind == "keep":
+            steps = {(int(g), int(s)) for g, s in order["steps"]}
+            current = self.life is not None and order["generation"] == self.life.generation
+            self.vault.forget(steps, {int(n) for n in order["slots"]} if current else None)
+        elif kind == "write":
+            self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]))
+        elif kind == "complete":
+            assert self.life is not None
+            self.vault.complete(order, self.life.hosts)
+            self._granted.discard(int(order["slot"]))
+            faults.point("keeper complete")
+            self._tell_trainers(frame("complete", step=order["key"][1]))
+        else:
+            if kind == "grant":
+                self._granted.add(int(order["slot"]))
+            self._tell_trainers(order)
+
+    def _tell_trainers(self, message: Frame) -> None:
+        for peer in [p for p in self.loop.peers if p.living]:
+            self.loop.tell(peer, message)
+
+    def _write(self, key: tuple[int, int], attempt: str) -> None:
+        """Writes the packs of this host in the storage thread."""
+        held, life = self.vault.held[key], self.life
         assert life is not None
-        faults.point("keeper persist")
-        self._tell_all(frame("storing", step=held.step))
 
-        def work() -> None:
-            outcome: Stage | BaseException
-            try:
-                backend: Backend = backend_for(life.run, direct=self.config.direct)
-                outcome = persist(backend, held, life.codecs, self.config, self._ring_made)
-            except BaseException as e:
-                outcome = e
-            self._later(lambda: self._persisted(held, outcome))
+        def write() -> Any:
+            return write_packs(
+                life.backend(self.config.direct), held, attempt, life.codecs, self.config, self._ring_made
+            )
 
-        self._storage.submit(work)
+        def wrote(found: Any) -> None:
+            told: dict[str, Any] = {"key": list(key), "attempt": attempt, "host": self.host}
+            if isinstance(found, Exception):
+                self._event(frame("wrote", error=to_wire(found), **told))
+                return
+            reports = {rank: encode_report(report) for rank, report in found.items()}
+            ranks = [[rank, len(text)] for rank, text in reports.items()]
+            self._event(frame("wrote", b"".join(reports.values()), ranks=ranks, **told))
+
+        self._work(write, wrote)
 
     def _ring_made(self) -> Ring:
         self._ring = self._ring or Ring(self.config)
         return self._ring
 
-    def _persisted(self, held: Held, outcome: Stage | BaseException) -> None:
-        assert self.lead is not None
-        key = (held.generation, held.step)
-        faults.point("keeper persisted")
-        done = isinstance(outcome, (Stage, ConflictError))
-        told: dict[str, Any]
-        if isinstance(outcome, Stage):
-            told = {"write": outcome.write, "commit": outcome.commit, "bytes": outcome.bytes}
-        else:
-            log.error("step %d was not written to storage: %s", held.step, outcome)
-            told = {"error": to_wire(outcome)}
-        self._tell_all(frame("stored", step=held.step, generation=held.generation, **told))
-        self._do(self.lead.persist_ended(key, done, self.clock()))
-        if not any(t.rank >= 0 for t in self._trainers) and not done:
-            delay = min(5.0, self.grace / 4)
-            self._rescue_again(delay)
+    # Other hosts.
 
-    def _rescue_again(self, delay: float) -> None:
-        """Nobody but this process can still save the step: tries again until the grace time is over."""
+    def _reach(self) -> None:
+        """Connects to the keeper that has the seat, in a thread, again and again until it is there."""
+        if self._lead is not None or self.lead_host == self.host or self._ending:
+            return
+        address, secret, found = self.addresses[self.lead_host], self.loop.secret, queue.SimpleQueue[Any]()
 
-        def wait() -> None:
-            time.sleep(delay)
-            self._later(lambda: self._do(self.lead.rescue()) if self.lead is not None else None)
+        def connect() -> None:
+            try:
+                found.put(greet(address, secret, 5.0))
+            except CkptError as e:
+                found.put(e)
+            self.loop.later(connected)
 
-        self._storage.submit(wait)
+        def connected() -> None:
+            answer = found.get()
+            if isinstance(answer, CkptError):
+                self.loop.after(_RETRY, self._reach)
+                return
+            sock, link = answer
+            self._lead = self.loop.add(sock, link, "lead")
+            self.loop.tell(self._lead, frame("host", host=self.host))
+
+        threading.Thread(target=connect, daemon=True).start()
+
+    def _call_host(self, peer: Peer, message: Frame) -> None:
+        """An authenticated caller is the keeper of another host."""
+        peer.role, peer.host = "host", str(message["host"])
+        for key, text in self.vault.encoded_plans():
+            self.loop.tell(peer, frame("plan", text, key=key))
+        self.loop.tell(peer, frame("rejoin", epoch=self.seat.lead.epoch if self.seat.lead else 0))
+
+    def _call_range(self, peer: Peer, message: Frame) -> Frame:
+        """Bytes of a pack, for a rank of another host."""
+        generation, step, rank = (int(n) for n in message["pack"])
+        held = self.vault.held.get((generation, step))
+        if held is None or rank not in held.memory:
+            raise NotFoundError(f"rank {rank} of step {step} is no longer in the memory of {self.host}")
+        at, n = int(message["offset"]), int(message["length"])
+        pack = held.pack(rank)
+        if not 0 <= at <= at + n <= len(pack) or n > _RANGE:
+            raise ConflictError(f"bytes {at} to {at + n} of a pack of {len(pack)}")
+        return frame("answer", pack[at : at + n].tobytes())
 
 
 def _alive(pid: int) -> bool:
     """Whether a process runs; one that is stopped or a zombie does not count."""
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] not in ("T", "t", "Z", "X")
-    except OSError:
-        return False
+    with suppress(OSError), open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0] not in ("T", "t", "Z", "X")
+    return False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ckpt.keeper.holding import Held, Memory, Part, decode_plan
-from ckpt.keeper.lead import Complete, Key, Lead
+from ckpt.keeper.lead import Key
+from ckpt.keeper.protocol import Frame
 from ckpt.plan import Plan
+from ckpt.write import decode_report
 
 __all__ = ["Vault"]
 
@@ -18,8 +20,7 @@ class Vault:
     def __init__(self) -> None:
         self.held: dict[Key, Held] = {}
         self._memory: dict[tuple[int, int], Memory] = {}  # by rank and slot
-        self._parts: dict[tuple[Key, int], tuple[str, Part]] = {}  # by step and rank: (plan, part)
-        self._plans: dict[str, tuple[Plan, Mapping[str, str]]] = {}
+        self._plans: dict[str, tuple[bytes, Plan, Mapping[str, str]]] = {}  # as it came, and what it says
 
     def of(self, rank: int) -> list[tuple[int, Memory]]:
         """(slot, memory) of a rank."""
@@ -44,33 +45,36 @@ class Vault:
                 memory.close()
 
     def plan(self, key: str, message: bytes) -> None:
-        self._plans[key] = decode_plan(message)
+        """A plan, under the name that parts refer to it by."""
+        self._plans[key] = message, *decode_plan(message)
 
-    def seal(self, key: Key, rank: int, plan: str, part: Part) -> None:
-        self._parts[key, rank] = plan, part
+    def encoded_plans(self) -> list[tuple[str, bytes]]:
+        """(name, plan), as they came."""
+        return [(key, text) for key, (text, _, _) in self._plans.items()]
 
-    def drop(self, key: Key) -> None:
-        """The parts of a step that is void."""
-        for k in [k for k in self._parts if k[0] == key]:
-            del self._parts[k]
+    def complete(self, order: Frame, hosts: Mapping[int, str]) -> None:
+        """A step is whole: here are the parts of all ranks, of which this host's are in its memory."""
+        key, slot = (int(order["key"][0]), int(order["key"][1])), int(order["slot"])
+        _, plan, aliases = self._plans[str(order["plan"])]
+        parts: dict[int, Part] = {}
+        at = 0
+        for rank, (objects, metrics, n) in enumerate(order["parts"]):
+            parts[rank] = Part(decode_report(order.payload[at : at + n]), objects, metrics)
+            at += n
+        memory = {r: self._memory[r, slot] for r in parts if (r, slot) in self._memory}
+        self.held[key] = Held(*key, slot, plan, aliases, parts, memory, dict(hosts))
 
-    def complete(self, d: Complete, world: int) -> None:
-        """All parts of a step are there."""
-        mine = {rank: self._parts.pop((d.key, rank)) for rank in range(world)}
-        plan, aliases = self._plans[mine[0][0]]
-        memory = {rank: self._memory[rank, d.slot] for rank in mine if (rank, d.slot) in self._memory}
-        self.held[d.key] = Held(*d.key, d.slot, plan, aliases, {r: part for r, (_, part) in mine.items()}, memory)
-
-    def newest(self) -> Key | None:
-        return max(self.held, default=None)
-
-    def forget(self, lead: Lead) -> None:
-        """Lets go of steps and memory that no slot stands for any more."""
-        whole = lead.complete()
-        for key in [k for k in self.held if k not in whole]:
+    def forget(self, steps: Collection[Key], slots: Collection[int] | None) -> None:
+        """Lets go of everything but these steps and slots; None: of no slot."""
+        for key in [k for k in self.held if k not in steps]:
             del self.held[key]
-        for rank, slot in [k for k in self._memory if k[1] not in lead.slots]:
+        for rank, slot in [k for k in self._memory if slots is not None and k[1] not in slots]:
             self._memory.pop((rank, slot)).close()
         used = {id(h.plan) for h in self.held.values()}
-        for name in [n for n, (plan, _) in self._plans.items() if id(plan) not in used][:-2]:
+        for name in [n for n, (_, plan, _) in self._plans.items() if id(plan) not in used][:-2]:
             del self._plans[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory in its care."""
+        return sum(m.size for m in self._memory.values())

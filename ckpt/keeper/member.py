@@ -1,0 +1,136 @@
+"""A trainer among the keepers of its job: attached to that of its host, introduced to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ckpt.collective import Group
+from ckpt.config import settings
+from ckpt.errors import CkptError, NotFoundError, PeerError
+from ckpt.keeper.holding import ATTEMPT
+from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.protocol import Frame
+from ckpt.keeper.source import LocalPack, Pack, RemotePack, SnapshotBackend
+from ckpt.snapshot.arena import Slot
+
+__all__ = ["Member"]
+
+Key = tuple[int, int]
+
+
+class Member:
+    """`slots`: this rank's memory, by number, which outlives keepers as they outlive trainers. `steps`: what the keepers
+    held when this trainer came.
+
+    Attached on construction. Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains
+    this run. `heard` and `ended` are called in a thread of the link's.
+    """
+
+    def __init__(self, run: str, rank: int, heard: Callable[[Frame], None], ended: Callable[[CkptError], None]) -> None:
+        config = settings()
+        self._name = keeper_name(run, config.job, config.host)
+        self._rank, self._heard, self._ended, self.deadline = rank, heard, ended, config.deadline
+        self.slots: dict[int, Slot] = {}
+        self.steps: list[Key] = []
+        self.ranks: Mapping[str, str] = {}
+        self._peers: dict[str, Any] = {}
+        self._address = ("", 0)
+        self._attach()
+
+    def _attach(self) -> None:
+        self.link = Link(self._name, self._heard, self._ended)
+        slots = sorted(self.slots.items())
+        answer = self.link.ask(
+            "attach", fds=[s.fd for _, s in slots], timeout=self.deadline, rank=self._rank,
+            bring=[n for n, _ in slots],
+        )  # fmt: skip
+        self.steps = [(int(g), int(s)) for g, s in answer["steps"]]
+        self._host, self._known_secret = str(answer["host"]), str(answer["secret"])
+        for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
+            if number in self.slots:
+                os.close(fd)
+            else:
+                self.slots[number] = Slot(size, fd=fd)
+
+    def attach_again(self) -> None:
+        """After the keeper died: starts another, and hands it this rank's memory."""
+        self._attach()
+        if self._peers["hosts"]:
+            self._listen(self._address[1])  # where the others will look for it
+        self._tell_peers()
+
+    def meet(self, group: Group) -> None:
+        """Collective: the keepers of all hosts get to know one another. With one host there is nothing to say."""
+        letter = json.dumps([self._host, self._known_secret]).encode()
+        ranks, secret = json.loads(group.round("keepers", letter, _introduce))
+        hosts: dict[str, list[Any]] = {}
+        if len(set(ranks.values())) > 1:
+            try:
+                mine: bytes | Exception = json.dumps([self._host, *self._listen(0)]).encode()
+            except Exception as e:
+                mine = e
+            found = group.round("addresses", mine, lambda all_: json.dumps([json.loads(x) for x in all_]).encode())
+            hosts = {host: [address, port] for host, address, port in json.loads(found)}
+        self.ranks = ranks
+        self._peers = {"hosts": hosts, "secret": secret, "lead": ranks["0"]}
+        self._tell_peers()
+
+    def _listen(self, port: int) -> tuple[str, int]:
+        address = _own_address(settings().bind)
+        answer = self.link.ask("listen", timeout=self.deadline, address=address, port=port)
+        self._address = address, int(answer["port"])
+        return self._address
+
+    def _tell_peers(self) -> None:
+        self.link.ask("peers", timeout=self.deadline, **self._peers)
+
+    def open_newest(self, key: Key) -> SnapshotBackend:
+        """A step in memory as a backend. NotFoundError if it is gone."""
+        answer = self.link.ask("open", timeout=self.deadline, key=list(key))
+        if not answer["there"]:
+            raise NotFoundError(f"step {key[1]} is no longer in the memory of this host")
+        folder, cut = str(answer["folder"]), int(answer["cut"])
+        objects = {
+            f"{folder}/commit.json": answer.payload[:cut],
+            f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
+        }
+        packs: dict[str, Pack] = {}
+        secret = bytes.fromhex(self._peers["secret"])
+        for (rank, size), fd in zip(answer["packs"], answer.fds, strict=True):
+            packs[_pack_path(folder, rank)] = LocalPack(fd, size)
+        for rank, size, address, port in answer["away"]:
+            packs[_pack_path(folder, rank)] = RemotePack((*key, rank), size, (address, port), secret)
+        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, packs)
+
+    def done_reading(self, damaged: Key | None = None) -> None:
+        """The step that was opened may go; `damaged` if it is not what was sealed."""
+        self.link.tell("done", damaged=list(damaged) if damaged else None)
+
+
+def _pack_path(folder: str, rank: int) -> str:
+    return f"{folder}/{ATTEMPT}/rank-{rank:05d}.safetensors"
+
+
+def _own_address(bind: str) -> str:
+    """The address at which other hosts reach this one: as told, else of the interface that leads to the rendezvous."""
+    rendezvous = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if bind:
+        return bind
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect((rendezvous, 9))
+            return str(s.getsockname()[0])
+        except OSError as e:
+            raise PeerError(f"no way from this host to {rendezvous} ({e.strerror}); set CKPT_BIND") from None
+
+
+def _introduce(letters: Sequence[bytes]) -> bytes:
+    """([rank: host], the job's secret): the one that keepers of an earlier life know, else a new one."""
+    told = [json.loads(text) for text in letters]
+    known = [secret for _, secret in told if secret]
+    ranks = {str(rank): host for rank, (host, _) in enumerate(told)}
+    return json.dumps([ranks, known[0] if known else os.urandom(32).hex()]).encode()

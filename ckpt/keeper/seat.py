@@ -1,0 +1,278 @@
+"""The lead's seat: the keeper of rank 0 hears all ranks of all hosts, has `Lead` decide, and gives the orders.
+
+An order goes to every keeper of the job, the own one included:
+
+    grant, void, replan    to be passed on to the trainers
+    complete               a step with the parts of all ranks
+    keep                   the steps and slots that are still needed; the rest may go
+    write                  the packs of a step are to be written under an attempt; answered with `wrote`
+    stored                 how a save to storage ended
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt import faults
+from ckpt.backends import Backend
+from ckpt.catalog import drop_attempt
+from ckpt.commit import claim_attempt, step_folder
+from ckpt.config import Every
+from ckpt.errors import CkptError, ConflictError, PeerError, to_wire
+from ckpt.format.codec import Codec
+from ckpt.keeper.holding import Held, commit_held
+from ckpt.keeper.lead import Complete, Decision, Grant, Key, Lead, Persist, Replan, Sealed, Stepped, Void
+from ckpt.keeper.protocol import Frame, frame
+from ckpt.write import PackReport, decode_report
+
+__all__ = ["Life", "Seat"]
+
+log = logging.getLogger("ckpt.keeper")
+_AGAIN = 5.0  # seconds until a save that nobody but the keepers can do any more is tried again
+
+
+@dataclass(frozen=True)
+class Life:
+    """What the trainers told when their life began."""
+
+    generation: int
+    world: int
+    run: str
+    codecs: tuple[tuple[str, Codec], ...]
+    hosts: Mapping[int, str]
+
+    def backend(self, direct: bool) -> Backend:
+        """The run's storage."""
+        from ckpt.backends import backend_for
+
+        return backend_for(self.run, direct=direct)
+
+
+@dataclass
+class _Save:
+    """A step on its way to storage. `waiting`: hosts that have not written yet."""
+
+    held: Held
+    life: Life
+    began: float
+    waiting: set[str]
+    attempt: str = ""
+    writer: str = ""
+    written: float = 0.0
+    reports: dict[int, PackReport | None] = field(default_factory=dict)
+
+
+@dataclass
+class Seat:
+    """order   gives an order to all keepers
+    work    runs a function in the storage thread; the second is called with its result, or its error, in the loop
+    after   calls a function in the loop, some seconds from now
+    """
+
+    order: Callable[[Frame], None]
+    work: Callable[[Callable[[], Any], Callable[[Any], None]], None]
+    after: Callable[[float, Callable[[], None]], None]
+    held: Mapping[Key, Held]
+    direct: bool = True
+    clock: Callable[[], float] = time.monotonic
+    lead: Lead | None = None
+    life: Life | None = None
+    deserted: bool = False  # no trainer is left: what fails is tried again
+    _parts: dict[tuple[Key, int], Frame] = field(default_factory=dict)
+    _save: _Save | None = None
+    _kept: tuple[Any, ...] = ()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is on its way to storage."""
+        return self._save is not None
+
+    def begin(self, life: Life, memory: Every | None, storage: Every | None, slots: list[int], start: int) -> None:
+        """A life begins at step `start`."""
+        if self.lead is None:
+            self.lead = Lead(life.world, memory or Every(1), storage)
+        self.lead.memory, self.lead.storage = memory or Every(1), storage
+        self.life, self.deserted = life, False
+        self._parts.clear()
+        self.lead.begin(life.generation, life.world, slots, start, self.clock())
+        self._keep()
+
+    def hear(self, event: Frame) -> None:
+        """What happened on some host."""
+        lead, now = self.lead, self.clock()
+        if lead is None:
+            return
+        kind, rank = event.kind, int(event.head.get("rank", -1))
+        decisions: list[Decision] = []
+        if kind == "ready":
+            decisions = lead.join(rank, int(event["epoch"]), now)
+        elif kind == "at":
+            decisions = lead.step(Stepped(int(event["step"]), now))
+        elif kind == "sealed":
+            decisions = self._sealed(lead, rank, event)
+        elif kind == "missed":
+            decisions = lead.seal(rank, int(event["step"]), str(event["why"]), now)
+            if event.head.get("replan") == lead.epoch:
+                decisions += lead.replan()
+        elif kind == "slots":
+            lead.use([int(n) for n in event["slots"]])
+        elif kind == "left":
+            decisions = lead.done_reading(f"rank {rank}", now) + lead.leave(rank, str(event["why"]), now)
+        elif kind == "reading":
+            lead.read(int(event["slot"]), f"rank {rank}")
+        elif kind == "done":
+            if event["damaged"]:
+                lead.damaged((int(event["damaged"][0]), int(event["damaged"][1])))
+            decisions = lead.done_reading(f"rank {rank}", now)
+        elif kind == "rescue":
+            self.deserted = bool(event["deserted"])
+            decisions = lead.rescue()
+        elif kind == "wrote":
+            self._wrote(event)
+        self._decided(decisions)
+
+    def want(self, step: int) -> tuple[bool, bool]:
+        """Somebody asks for a step to be in storage: (whether it is or will be, whether it is)."""
+        if self.lead is None:
+            return False, False
+        there, decisions = self.lead.want(step)
+        done = there and self.lead.persisted == (self.lead.generation, step)
+        self._decided(decisions)
+        return there, done
+
+    def host_gone(self, host: str) -> None:
+        """A keeper has ended: its ranks hold nothing any more."""
+        life = self.life
+        if life is None:
+            return
+        for rank in [r for r, h in life.hosts.items() if h == host]:
+            self.hear(frame("left", rank=rank, why=f"the keeper of {host} is gone"))
+        if self._save is not None and host in self._save.waiting:
+            self._ended(self._save, PeerError(f"the keeper of {host} ended while it wrote"))
+
+    def _sealed(self, lead: Lead, rank: int, event: Frame) -> list[Decision]:
+        faults.point("keeper sealed")
+        step = int(event["step"])
+        self._parts[(lead.generation, step), rank] = event
+        part = Sealed(str(event["plan"]), {str(k): int(v) for k, v in event["copies"].items()})
+        return lead.seal(rank, step, part, self.clock())
+
+    def _decided(self, decisions: list[Decision]) -> None:
+        lead = self.lead
+        assert lead is not None
+        for d in decisions:
+            if isinstance(d, Grant):
+                self.order(frame("grant", step=d.step, slot=d.slot))
+            elif isinstance(d, Void):
+                self._drop((lead.generation, d.step))
+                self.order(frame("void", step=d.step, why=d.why))
+            elif isinstance(d, Replan):
+                self.order(frame("replan", epoch=d.epoch, diverged=sorted(lead.diverged)))
+            elif isinstance(d, Complete):
+                self.order(self._complete(d, lead.world))
+            else:
+                self._persist(d)
+        self._keep()
+
+    def _drop(self, key: Key) -> None:
+        for k in [k for k in self._parts if k[0] == key]:
+            del self._parts[k]
+
+    def _complete(self, d: Complete, world: int) -> Frame:
+        parts = [self._parts.pop((d.key, rank)) for rank in range(world)]
+        told = [[p["objects"], p["metrics"], len(p.payload)] for p in parts]
+        payload = b"".join(p.payload for p in parts)
+        return frame("complete", payload, key=list(d.key), slot=d.slot, plan=parts[0]["plan"], parts=told)
+
+    def _keep(self) -> None:
+        """Tells what is needed, when that has changed."""
+        assert self.lead is not None
+        needed = (sorted(self.lead.complete()), sorted(self.lead.slots), self.lead.generation)
+        if needed != self._kept:
+            self._kept = needed
+            self.order(frame("keep", steps=[list(k) for k in needed[0]], slots=needed[1], generation=needed[2]))
+
+    # A step on its way to storage: claim -> every host writes -> commit.
+
+    def _persist(self, d: Persist) -> None:
+        life = self.life
+        assert life is not None
+        held = self.held[d.key]
+        save = _Save(held, life, self.clock(), {held.hosts[r] for r in held.parts})
+        self._save = save
+        faults.point("keeper persist")
+        self.order(frame("storing", step=held.step))
+        self.work(
+            lambda: claim_attempt(life.backend(self.direct), held.folder, len(held.parts)),
+            lambda found: self._claimed(save, found),
+        )
+
+    def _claimed(self, save: _Save, found: tuple[str, str] | Exception) -> None:
+        if isinstance(found, Exception):
+            self._ended(save, found)
+            return
+        save.attempt, save.writer = found
+        key = [save.held.generation, save.held.step]
+        self.order(frame("write", key=key, attempt=save.attempt))
+
+    def _wrote(self, event: Frame) -> None:
+        save = self._save
+        if save is None or event["attempt"] != save.attempt or tuple(event["key"]) != _key(save.held):
+            return
+        if "error" in event.head:
+            from ckpt.errors import from_wire
+
+            self._ended(save, from_wire(*event["error"]))
+            return
+        at = 0
+        for rank, n in event["ranks"]:
+            save.reports[int(rank)] = decode_report(event.payload[at : at + n])
+            at += n
+        save.waiting.discard(str(event["host"]))
+        if save.waiting:
+            return
+        save.written = self.clock()
+        life = save.life
+        self.work(
+            lambda: commit_held(
+                life.backend(self.direct), save.held, life.codecs, save.reports, save.attempt, save.writer
+            ),
+            lambda done: self._ended(save, done if isinstance(done, Exception) else None, done),
+        )
+
+    def _ended(self, save: _Save, error: Exception | None, commit: Any = None) -> None:
+        """A save has ended, well or not; if not, what is left of it goes."""
+        if self._save is not save:
+            return
+        self._save = None
+        faults.point("keeper persisted")
+        lead, now, key = self.lead, self.clock(), _key(save.held)
+        assert lead is not None
+        told: dict[str, Any] = {"step": key[1], "generation": key[0]}
+        if error is None:
+            told |= {"write": save.written - save.began, "commit": now - save.written, "bytes": commit.bytes}
+        else:
+            log.error("%s was not written to storage: %s", step_folder(key[1], key[0]), error)
+            told["error"] = to_wire(error)
+            if save.attempt and not save.written:
+                self._drop_attempt(save, error)
+        self.order(frame("stored", **told))
+        done = error is None or isinstance(error, ConflictError)
+        self._decided(lead.persist_ended(key, done, now))
+        if not done and self.deserted:
+            self.after(_AGAIN, lambda: self.hear(frame("rescue", deserted=self.deserted)))
+
+    def _drop_attempt(self, save: _Save, error: Exception) -> None:
+        backend, whole = (
+            save.life.backend(self.direct),
+            isinstance(error, CkptError) and not isinstance(error, PeerError),
+        )
+        self.work(lambda: drop_attempt(backend, save.held.folder, save.attempt, whole=whole), lambda _: None)
+
+
+def _key(held: Held) -> Key:
+    return held.generation, held.step
