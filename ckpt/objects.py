@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PerCoordinate", "PerRank", "Pickled", "Replicated", "decode_object", "encode_object"]
 
 _MAX_DEPTH = 200
+_AS_IT_IS = frozenset((str, int, bool, type(None)))
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,12 @@ def _plain(value: Any, where: str, tensor: Callable[[str, Any], bool] | None, de
             return {k: below(k, v) for k, v in value.items()}
         return _tag("dict", [[_plain(k, where, None, depth + 1), below(k, v)] for k, v in value.items()])
     if type(value) is list:
+        if _AS_IT_IS.issuperset(map(type, value)):
+            return value  # thousands of parameter names, or a generator's state
         return [below(i, v) for i, v in enumerate(value)]
     if isinstance(value, tuple):
+        if _AS_IT_IS.issuperset(map(type, value)):
+            return _tag("tuple", list(value))
         return _tag("tuple", [below(i, v) for i, v in enumerate(value)])
     if isinstance(value, (set, frozenset)):
         items = [_plain(v, where, None, depth + 1) for v in value]

@@ -7,7 +7,6 @@ collected anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,6 @@ from ckpt.shards import Held, is_tensor
 from ckpt.state import Leaves, collect, collect_groups, collect_value, owners_of, walk
 
 __all__ = ["Called", "Roll"]
-
-
-_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,10 @@ class Roll:
         """The leaves of the state now. Raises what `ckpt.state.collect` does."""
         parts = [(name, value, policy) for name, value, policy, _ in walk(state)]
         kept: list[Any] = []
-        seen = [mark for name, value, _ in parts for mark in _marks(name, value, kept)]
+        seen: list[Any] = []
+        for name, value, _ in parts:
+            seen.append(name)
+            _marks(value, seen, kept)
         if self._leaves is not None and seen == self._seen and None not in seen:
             again = self._again(self._leaves, parts)
             if again is not None:
@@ -82,42 +81,53 @@ def _kind(held: Held) -> tuple[object, ...]:
     return held.dtype, held.shape, held.kind, held.scope, held.replica, [b for b, _ in held.pieces]
 
 
-def _marks(name: str, value: Any, kept: list[Any]) -> Iterator[Any]:
-    """What identifies the tensors of a part and where they are; None if that cannot be told."""
+def _marks(value: Any, seen: list[Any], kept: list[Any]) -> None:
+    """Adds to `seen` what identifies the tensors of a part and where they are; None if that cannot be told."""
     if isinstance(value, nn.Module):
-        yield name, "module"
         stack = [value]
         while stack:
             module = stack.pop()
-            if hasattr(module, "_handle") or type(module).get_extra_state is not nn.Module.get_extra_state:
-                yield None  # FSDP1 moves its flat parameter about; extra state may be anything
-            yield tuple(module._modules)
-            for names in (module._parameters, module._buffers):
-                yield tuple(names)
-                yield from (_mark(t, kept) for t in names.values())
-            stack += [m for m in module._modules.values() if m is not None]
+            if "_handle" in module.__dict__ or type(module).get_extra_state is not nn.Module.get_extra_state:
+                seen.append(None)  # FSDP1 moves its flat parameter about; extra state may be anything
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    seen.append(key)
+                    _mark(tensor, seen, kept)
+            for key, child in module._modules.items():
+                seen.append(key)
+                if child is not None:
+                    stack.append(child)
+            seen.append("")
     elif isinstance(value, torch.optim.Optimizer):
-        yield name, "optimizer"
+        states = value.state
         for group in value.param_groups:
-            yield tuple(group)
+            seen.append(tuple(group))
             for p in group["params"]:
-                yield _mark(p, kept)
-                for key, part in value.state.get(p, {}).items():
-                    yield key
-                    yield _mark(part, kept)
+                _mark(p, seen, kept)
+                for key, part in states.get(p, _NOTHING).items():
+                    seen.append(key)
+                    _mark(part, seen, kept)
     elif is_tensor(value):
-        yield name
-        yield _mark(value, kept)
+        _mark(value, seen, kept)
     else:
-        yield name, "value"
+        seen.append("value")
 
 
-def _mark(value: Any, kept: list[Any]) -> tuple[Any, ...] | None:
-    if not isinstance(value, torch.Tensor):
-        return ("value", value) if isinstance(value, (int, float, str, type(None))) else None
-    kept.append(value)
-    local = value if type(value) in _PLAIN else getattr(value, "_local_tensor", value)
-    try:
-        return id(value), local.data_ptr(), local.numel()
-    except RuntimeError:  # a subclass without storage of its own
-        return None
+_PLAIN = (torch.Tensor, nn.Parameter)
+_NOTHING: dict[str, Any] = {}
+
+
+def _mark(value: Any, seen: list[Any], kept: list[Any]) -> None:
+    kind = type(value)
+    local = value if kind in _PLAIN else getattr(value, "_local_tensor", value)
+    if isinstance(local, torch.Tensor):
+        try:
+            seen += id(value), local.data_ptr(), local.numel()
+            kept.append(value)
+        except RuntimeError:  # a subclass without storage of its own
+            seen.append(None)
+    else:
+        seen.append(("value", value) if kind in _VALUES else None)
+
+
+_VALUES = (int, float, str, bool, type(None))

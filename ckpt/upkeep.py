@@ -13,6 +13,7 @@ from typing import Any
 
 from ckpt.backends import Backend
 from ckpt.catalog import KeepBest, Policy, delete_step, kept, list_run, with_ledger, write_ledger
+from ckpt.config import settings
 from ckpt.errors import CkptError, ConflictError, UsageError
 from ckpt.events import Event, Events
 from ckpt.saving import SaveReport
@@ -105,6 +106,7 @@ class Account:
         self.backend, self.rank, self.keep, self.events = backend, rank, tuple(keep), events
         self.report = CloseReport()
         self.generation = 0
+        self._host = settings().host or socket.gethostname()
         self.durable = time.monotonic()
         self._ledger: deque[dict[str, object]] = deque()
         self._steps, self._since, self._fenced = 0, time.monotonic(), fence_here().waited
@@ -131,9 +133,7 @@ class Account:
         now, waited = time.monotonic(), fence_here().waited
         loop: dict[str, Any] = {"steps": self._steps, "loop": now - self._since, "fence": waited - self._fenced}
         self._steps, self._since, self._fenced = 0, now, waited
-        self.events.add(
-            Event(kind, self.rank, step, self.generation, time.time(), socket.gethostname(), **loop, **more)
-        )
+        self.events.add(Event(kind, self.rank, step, self.generation, time.time(), self._host, **loop, **more))
 
     def skipped(self, step: int, why: str) -> None:
         self.report.skipped += 1
