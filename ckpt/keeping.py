@@ -151,6 +151,9 @@ class Keeping:
             with self._stored:
                 self._storing.add(int(message["step"]))
         elif message.kind in ("complete", "void"):
+            if message.head.get("storing"):
+                with self._stored:
+                    self._storing.add(int(message["step"]))
             self._told(Outcome(message.kind, int(message["step"]), message.head.get("why", "")))
         elif message.kind == "stored":
             h = message.head
@@ -180,7 +183,7 @@ class Keeping:
         called = self._plans.roll.call(state)
         self._plans.agree(called.leaves, f"plan of memory {generation}", self._group)
         need = self._plans.slot_size
-        mine = {str(n): s.size >= need for n, s in self.member.slots.items()}
+        mine = [self.member.used, [n for n, s in self.member.slots.items() if s.size >= need]]
         count = 3 if self._schedule.storage is not None else 2
         answer = self._group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
         numbers: list[int] = json.loads(answer)
@@ -360,11 +363,10 @@ class Keeping:
 
 
 def _choose_slots(letters: Sequence[bytes], count: int) -> bytes:
-    """The slots of a life: those that fit on all ranks, then new ones."""
-    ranks = [{int(n): ok for n, ok in json.loads(text).items()} for text in letters]
-    known = sorted({n for r in ranks for n in r})
-    fit = [n for n in known if all(r.get(n, False) for r in ranks)][:count]
-    first = max(known, default=-1) + 1
+    """The slots of a life: those that fit on all ranks, then new ones, under numbers that no keeper knows."""
+    ranks = [json.loads(text) for text in letters]
+    fit = sorted(set.intersection(*(set(numbers) for _, numbers in ranks)))[:count]
+    first = max(used for used, _ in ranks)
     return json.dumps([*fit, *range(first, first + count - len(fit))]).encode()
 
 

@@ -12,6 +12,7 @@ from ckpt.cli.change import export, import_, prune, reshard
 from ckpt.cli.details import inspect
 from ckpt.cli.look import diff, ls, verify
 from ckpt.cli.report import report
+from ckpt.cli.run import run
 from ckpt.cli.shell import Shell
 
 __all__ = ["cli", "main"]
@@ -48,7 +49,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, report, reshard, export, import_, prune):
+for _verb in (ls, inspect, verify, diff, report, run, reshard, export, import_, prune):
     cli.add_command(_verb)
 
 

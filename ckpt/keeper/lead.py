@@ -139,6 +139,12 @@ class Lead:
                 slot.state, slot.parts = State.FREE, {}
         self.use(slots)
 
+    def adopt(self, key: Key, slot: int) -> None:
+        """A step that is complete in memory, and of which this machine may not know."""
+        known = self.slots.setdefault(slot, _Slot())
+        if known.state is State.FREE:
+            known.state, known.key = State.COMPLETE, key
+
     def use(self, slots: Collection[int]) -> None:
         """From now on these slots are granted; others go when what they hold is no longer needed."""
         for number in slots:

@@ -23,8 +23,8 @@ Key = tuple[int, int]
 
 
 class Member:
-    """`slots`: this rank's memory, by number, which outlives keepers as they outlive trainers. `steps`: what the keepers
-    held when this trainer came.
+    """`slots`: this rank's memory, by number, which outlives keepers as they outlive trainers. When this trainer came
+    the keeper held `steps`, and memory under numbers below `used`.
 
     Attached on construction. Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains
     this run. `heard` and `ended` are called in a thread of the link's.
@@ -36,6 +36,7 @@ class Member:
         self._rank, self._heard, self._ended, self.deadline = rank, heard, ended, config.deadline
         self.slots: dict[int, Slot] = {}
         self.steps: list[Key] = []
+        self.used = 0
         self.ranks: Mapping[str, str] = {}
         self._peers: dict[str, Any] = {}
         self._address = ("", 0)
@@ -49,6 +50,7 @@ class Member:
             bring=[n for n, _ in slots],
         )  # fmt: skip
         self.steps = [(int(g), int(s)) for g, s in answer["steps"]]
+        self.used = int(answer["used"])
         self._host, self._known_secret = str(answer["host"]), str(answer["secret"])
         for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
             if number in self.slots:

@@ -51,7 +51,7 @@ class Keeper:
         self.loop = Loop(self._hear, self._gone)
         self.loop.listen(listener)
         self.vault = Vault()
-        self.seat = Seat(self._order, self._work, self.loop.after, self.vault.held, config.direct)
+        self.seat = self._new_seat()
         self.life: Life | None = None
         self.host = config.host or socket.gethostname()
         self.lead_host = self.host
@@ -65,6 +65,9 @@ class Keeper:
         self._ending = False
         self._until: float | None = self.clock() + grace
         self.loop.after(grace, lambda: None)
+
+    def _new_seat(self) -> Seat:
+        return Seat(self._order, self._work, self.loop.after, self.vault.held, self.config.direct)
 
     def run(self) -> None:
         """Until the life cycle is over."""
@@ -153,6 +156,7 @@ class Keeper:
             slots=slots,
             steps=steps,
             host=self.host,
+            used=self.vault.slots,
             secret=self.loop.secret.hex(),
         )
 
@@ -166,12 +170,14 @@ class Keeper:
 
     def _on_peers(self, peer: Peer, message: Frame) -> Frame:
         """The keepers of the job, by host: where they listen, which of them has the seat, what they have to know."""
-        self.addresses = {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
+        self.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
-        if message["lead"] != self.lead_host or self._lead is None:
-            self.lead_host = str(message["lead"])
-            if self.lead_host != self.host:
-                self._reach()
+        if message["lead"] != self.lead_host:
+            self.lead_host, self.seat = str(message["lead"]), self._new_seat()
+            if self._lead is not None:
+                self.loop.hang_up(self._lead)
+                self._lead = None
+        self._reach()
         return frame("answer")
 
     def _on_begin(self, peer: Peer, message: Frame) -> Frame:
@@ -313,10 +319,10 @@ class Keeper:
             self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]))
         elif kind == "complete":
             assert self.life is not None
-            self.vault.complete(order, self.life.hosts)
+            self.vault.complete(order, self.life.hosts, self.host)
             self._granted.discard(int(order["slot"]))
             faults.point("keeper complete")
-            self._tell_trainers(frame("complete", step=order["key"][1]))
+            self._tell_trainers(frame("complete", step=order["key"][1], storing=order["storing"]))
         else:
             if kind == "grant":
                 self._granted.add(int(order["slot"]))
@@ -372,6 +378,9 @@ class Keeper:
                 self.loop.after(_RETRY, self._reach)
                 return
             sock, link = answer
+            if self._lead is not None or self.lead_host == self.host:
+                link.close()
+                return
             self._lead = self.loop.add(sock, link, "lead")
             self.loop.tell(self._lead, frame("host", host=self.host))
 

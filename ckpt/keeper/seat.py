@@ -98,6 +98,8 @@ class Seat:
         self.lead.memory, self.lead.storage = memory or Every(1), storage
         self.life, self.deserted = life, False
         self._parts.clear()
+        for key, held in self.held.items():  # of a life that another keeper led
+            self.lead.adopt(key, held.slot)
         self.lead.begin(life.generation, life.world, slots, start, self.clock())
         self._keep()
 
@@ -164,6 +166,7 @@ class Seat:
     def _decided(self, decisions: list[Decision]) -> None:
         lead = self.lead
         assert lead is not None
+        storing = {d.key for d in decisions if isinstance(d, Persist)}
         for d in decisions:
             if isinstance(d, Grant):
                 self.order(frame("grant", step=d.step, slot=d.slot))
@@ -173,7 +176,7 @@ class Seat:
             elif isinstance(d, Replan):
                 self.order(frame("replan", epoch=d.epoch, diverged=sorted(lead.diverged)))
             elif isinstance(d, Complete):
-                self.order(self._complete(d, lead.world))
+                self.order(self._complete(d, lead.world, d.key in storing))
             else:
                 self._persist(d)
         self._keep()
@@ -182,11 +185,13 @@ class Seat:
         for k in [k for k in self._parts if k[0] == key]:
             del self._parts[k]
 
-    def _complete(self, d: Complete, world: int) -> Frame:
+    def _complete(self, d: Complete, world: int, storing: bool) -> Frame:
         parts = [self._parts.pop((d.key, rank)) for rank in range(world)]
         told = [[p["objects"], p["metrics"], len(p.payload)] for p in parts]
         payload = b"".join(p.payload for p in parts)
-        return frame("complete", payload, key=list(d.key), slot=d.slot, plan=parts[0]["plan"], parts=told)
+        return frame(
+            "complete", payload, key=list(d.key), slot=d.slot, plan=parts[0]["plan"], parts=told, storing=storing
+        )
 
     def _keep(self) -> None:
         """Tells what is needed, when that has changed."""

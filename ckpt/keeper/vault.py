@@ -52,7 +52,7 @@ class Vault:
         """(name, plan), as they came."""
         return [(key, text) for key, (text, _, _) in self._plans.items()]
 
-    def complete(self, order: Frame, hosts: Mapping[int, str]) -> None:
+    def complete(self, order: Frame, hosts: Mapping[int, str], here: str) -> None:
         """A step is whole: here are the parts of all ranks, of which this host's are in its memory."""
         key, slot = (int(order["key"][0]), int(order["key"][1])), int(order["slot"])
         _, plan, aliases = self._plans[str(order["plan"])]
@@ -61,7 +61,7 @@ class Vault:
         for rank, (objects, metrics, n) in enumerate(order["parts"]):
             parts[rank] = Part(decode_report(order.payload[at : at + n]), objects, metrics)
             at += n
-        memory = {r: self._memory[r, slot] for r in parts if (r, slot) in self._memory}
+        memory = {r: self._memory[r, slot] for r in parts if hosts.get(r) == here and (r, slot) in self._memory}
         self.held[key] = Held(*key, slot, plan, aliases, parts, memory, dict(hosts))
 
     def forget(self, steps: Collection[Key], slots: Collection[int] | None) -> None:
@@ -73,6 +73,11 @@ class Vault:
         used = {id(h.plan) for h in self.held.values()}
         for name in [n for n, (_, plan, _) in self._plans.items() if id(plan) not in used][:-2]:
             del self._plans[name]
+
+    @property
+    def slots(self) -> int:
+        """One more than the highest number of a slot."""
+        return 1 + max((slot for _, slot in self._memory), default=-1)
 
     @property
     def nbytes(self) -> int:
