@@ -8,8 +8,9 @@ from pathlib import Path
 
 from benchmarks.render import BENCHES
 
-_STATEFUL = ("save", "load", "reshard", "memory")
-_ON_RANKS = ("save", "load", "memory")
+_SIZED = ("save", "load", "reshard", "memory", "stall", "loop", "durable")
+_STATEFUL = (*_SIZED, "flat")
+_ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat")
 
 
 def main() -> None:
@@ -28,9 +29,9 @@ def main() -> None:
         options = ["--json", str(args.out / f"{bench}.json")]
         for name, applies in (
             ("dir", True),
-            ("rounds", True),
+            ("rounds", bench != "flat"),
             ("ranks", bench in _ON_RANKS),
-            ("gib", bench in _STATEFUL),
+            ("gib", bench in _SIZED),
             ("only", bench in _STATEFUL),
         ):
             if applies and getattr(args, name) is not None:

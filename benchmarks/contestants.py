@@ -20,7 +20,7 @@ import ckpt
 from benchmarks.harness import Rank
 from benchmarks.limits import limits
 
-__all__ = ["CKPT", "LOADERS", "RESHARDERS", "SAVERS", "chosen", "load", "notes", "save"]
+__all__ = ["CKPT", "LOADERS", "RESHARDERS", "SAVERS", "chosen", "fsync", "load", "notes", "save"]
 
 
 class Contestant(Protocol):
@@ -59,7 +59,7 @@ class TorchSave:
             torch.save(self.rank.state.local(), f)
             f.flush()
             os.fsync(f.fileno())
-        _fsync(path)
+        fsync(path)
 
     def load(self, path: Path) -> None:
         _copy(torch.load(self._file(path), mmap=self.mapped, weights_only=True), self.rank.state.local())
@@ -76,8 +76,8 @@ class Safetensors:
 
     def save(self, path: Path) -> None:
         save_file(self.rank.state.local(), self._file(path))
-        _fsync(self._file(path))
-        _fsync(path)
+        fsync(self._file(path))
+        fsync(path)
 
     def load(self, path: Path) -> None:
         _copy(load_file(self._file(path)), self.rank.state.local())
@@ -126,19 +126,20 @@ class TorchCheckpointing:
         self.manager.save(str(path / "step"), self.rank.state.dicts())
         dist.barrier()  # rank 0 has renamed the directory
         for item in ("model", "optimizer"):
-            _fsync(path / "step" / f"{item}_{self.rank.rank}.pt")
+            fsync(path / "step" / f"{item}_{self.rank.rank}.pt")
         if self.rank.rank == 0:
             for file in (path / "step").iterdir():
                 if file.suffix != ".pt":
-                    _fsync(file)
-            _fsync(path / "step")
-            _fsync(path)
+                    fsync(file)
+            fsync(path / "step")
+            fsync(path)
 
     def load(self, path: Path) -> None:
         self.manager.load(str(path / "step"), into=self.rank.state.dicts(), strict=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Of a file or a folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -188,7 +189,7 @@ REMARKS = {
 }
 
 
-def chosen(makers: Mapping[str, Maker], only: Sequence[str] | None) -> list[str]:
+def chosen(makers: Mapping[str, Any], only: Sequence[str] | None) -> list[str]:
     """The contestants that take part, in the order of the tables."""
     names = [name for name in makers if not only or name in only]
     if not names:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import contestants
 from benchmarks.contestants import CKPT, SAVERS
 from benchmarks.harness import Failed, Rank, World, empty, settle
-from benchmarks.report import Table, finish, machine, options, workspace
+from benchmarks.report import Table, finish, machine, options, verdict, workspace
 
 ASKED_PEAK, ASKED_GROWTH = 300.0, 1.0
 MIB = 1024  # /proc counts in KiB
@@ -95,19 +95,15 @@ def _table(part: dict[str, Any]) -> Table:
         table.rows.append(
             [
                 name,
-                f"{first:.0f}" + (_verdict(first <= ASKED_PEAK) if asked else ""),
-                f"{later:.0f}" + (_verdict(later <= ASKED_PEAK) if asked else ""),
-                f"{growth:.1f}" + (_verdict(growth < ASKED_GROWTH) if asked else ""),
+                f"{first:.0f}" + verdict(first <= ASKED_PEAK, asked),
+                f"{later:.0f}" + verdict(later <= ASKED_PEAK, asked),
+                f"{growth:.1f}" + verdict(growth < ASKED_GROWTH, asked),
             ]
         )
     count = max((len(saves) for saves in part["saves"].values()), default=0)
     table.notes.append(f"Of the rank with the most; {count} saves in fresh processes for each contestant.")
     table.notes += contestants.notes(part["saves"], part["failures"])
     return table
-
-
-def _verdict(holds: bool) -> str:
-    return " ✓" if holds else " ✗"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

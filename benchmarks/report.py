@@ -19,9 +19,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-__all__ = ["Table", "finish", "machine", "options", "ratio_cell", "spread", "workspace"]
+__all__ = ["Table", "finish", "machine", "options", "ratio_cell", "spread", "verdict", "workspace"]
 
-_PACKAGES = ("torch", "numpy", "safetensors", "torch-checkpointing", "crc32c", "ckpt-universal")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "torch-checkpointing",
+    "torchsnapshot-nightly",
+    "crc32c",
+    "ckpt-universal",
+)
 
 
 @dataclass
@@ -58,8 +66,12 @@ def ratio_cell(values: Sequence[float], asked: float | None = None) -> str:
     """The median ratio and its range; where something is asked of it, whether it holds."""
     if not values:
         return "-"
-    verdict = "" if asked is None else (" ✓" if statistics.median(values) >= asked else " ✗")
-    return spread(values) + verdict
+    return spread(values) + verdict(asked is not None and statistics.median(values) >= asked, asked is not None)
+
+
+def verdict(holds: bool, asked: bool = True) -> str:
+    """The mark behind a figure of which something is asked."""
+    return "" if not asked else " ✓" if holds else " ✗"
 
 
 def machine(path: Path) -> dict[str, Any]:
@@ -109,7 +121,9 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-def options(description: str, *, ranks: bool = True, state: bool = True) -> argparse.ArgumentParser:
+def options(
+    description: str, *, ranks: bool = True, state: bool = True, rounds: bool = True
+) -> argparse.ArgumentParser:
     """The options that benchmarks share; one that chooses its ranks itself, or has no state, leaves some out."""
     parser = argparse.ArgumentParser(description=description.strip().partition("\n")[0])
     if ranks and state:
@@ -117,7 +131,8 @@ def options(description: str, *, ranks: bool = True, state: bool = True) -> argp
     if state:
         parser.add_argument("--gib", type=_reals, default=[1.5, 4.0], help="sizes of the state, such as 1.5,4")
         parser.add_argument("--only", type=lambda s: s.split(","), help="contestants, such as ckpt,DCP; all by default")
-    parser.add_argument("--rounds", type=int, default=6, help="measured rounds; one more warms up")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=6, help="measured rounds; one more warms up")
     parser.add_argument("--dir", type=Path, help="where to write; a fresh directory inside it is removed at the end")
     parser.add_argument("--json", type=Path, help="file for the raw numbers")
     return parser

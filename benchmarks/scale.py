@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import ckpt
-from benchmarks.report import Table, finish, machine, options, spread, workspace
+from benchmarks.report import Table, finish, machine, options, spread, verdict, workspace
 from ckpt.format.codec import BLOCK
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest, Packs, build_manifest, dump_manifest
@@ -216,13 +216,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     table = Table(
         f"Scale: {RANKS:,} ranks, {p['fragments']:,} fragments (simulated); a run of {STEPS:,} steps",
         ["", "measured", "asked"],
-        [["manifest, bytes a fragment", f"{size:.1f}{_verdict(size <= ASKED['manifest'])}", f"{ASKED['manifest']}"]],
+        [["manifest, bytes a fragment", f"{size:.1f}{verdict(size <= ASKED['manifest'])}", f"{ASKED['manifest']}"]],
     )
 
     def add(name: str, values: Sequence[float], asked: float, unit: float = 1.0) -> None:
         scaled = [v * unit for v in values]
-        verdict = _verdict(statistics.median(values) <= asked)
-        table.rows.append([name, spread(scaled, ".3g") + verdict, f"{asked * unit:g}"])
+        mark = verdict(statistics.median(values) <= asked)
+        table.rows.append([name, spread(scaled, ".3g") + mark, f"{asked * unit:g}"])
 
     add("open the manifest, s", p["open"], ASKED["open"])
     add("read plan of one rank of half as many, ms", p["read"], ASKED["read"], 1000)
@@ -232,10 +232,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
     table.notes.append(f"Medians (min-max) of {len(p['open'])} rounds; one core.")
     table.notes.append(f"`ckpt ls` {'imports' if ls['imports_torch'] else 'does not import'} torch.")
     return [table]
-
-
-def _verdict(holds: bool) -> str:
-    return " ✓" if holds else " ✗"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
