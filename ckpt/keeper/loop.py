@@ -176,6 +176,7 @@ class Loop:
             if not hmac.compare_digest(str(message["proof"]), proof(self.secret, "caller", theirs, mine)):
                 raise PeerError("not of this job")
             peer.role, peer.link.trusted = "caller", True
+            peer.link.put(frame("welcome"))
         else:
             raise FormatError("not a greeting")
 

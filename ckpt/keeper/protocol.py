@@ -4,7 +4,7 @@
     with "kind"; the payload, raw bytes. File descriptors (Unix sockets only) come with the frame; "fds" says how many.
 
 Both lengths are checked against a limit before anything is allocated for them. Before a TCP connection is
-authenticated, frames are small, few and in a hurry; `greet` and `welcome` are the two sides of that.
+authenticated, frames are small, few and in a hurry; `greet` is the caller's side of that.
 """
 
 from __future__ import annotations
@@ -250,6 +250,8 @@ def greet(address: tuple[str, int], secret: bytes, timeout: float) -> tuple[sock
         ):
             raise PeerError(f"{address[0]}:{address[1]} is not a keeper of this job")
         send(sock, frame("prove", proof=proof(secret, "caller", nonce, theirs)))
+        if receive(sock, connection).kind != "welcome":  # until then, no more than a greeting is read
+            raise PeerError(f"{address[0]}:{address[1]} does not take this process for one of its job")
         connection.trusted = True
     except BaseException:
         connection.close()
