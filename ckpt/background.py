@@ -169,7 +169,7 @@ def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
     slot = here.slot_of(work.layout.size)
     snapshot = Snapshot(work.layout, sources_of(agreed.leaves, work), lazy, slot.buffer, checked=config.check_copies)
     rest = here.copying.submit(snapshot.copy_rest, pace(config))
-    fence.put(snapshot.copied)  # only now: without a thread nobody would ever lift it
+    fence.put(snapshot.copied, snapshot.give_up)  # only now: without a thread nobody would ever lift it
     return _Taken(work, snapshot, rest)
 
 

@@ -277,7 +277,7 @@ class Keeping:
         faults.point("trainer copied eagerly")
         head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics)}
         self._copying.submit(self._rest, snapshot, head, copies, config)
-        fence_here().put(snapshot.copied)
+        fence_here().put(snapshot.copied, snapshot.give_up)
         return Taken(step, snapshot.copied, time.monotonic() - began, prepared.work.layout.size)
 
     def _rest(self, snapshot: Snapshot, head: dict[str, Any], copies: dict[str, int], config: Settings) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ckpt.errors import IntegrityError
+from ckpt.errors import DeadlineError, IntegrityError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.pack import PackLayout, pack_header
 from ckpt.write import PackReport, Source, pack_report
@@ -54,6 +54,7 @@ class Snapshot:
         self.copied = threading.Event()
         self._table = np.zeros(layout.n_blocks, dtype="<u4")
         self._sources, self._and_then = sources, and_then
+        self._given_up = False
         order = layout.order.tolist()
         self._later = [k for k, index in enumerate(order) if lazy[index]]
         self._samples: list[tuple[int, int]] = []
@@ -78,9 +79,12 @@ class Snapshot:
         """
         try:
             for k in self._later:
-                self._copy(self._place(k), paced)
-            if self._and_then is not None:
+                if not self._given_up:
+                    self._copy(self._place(k), paced)
+            if self._and_then is not None and not self._given_up:
                 self._and_then()
+            if self._given_up:
+                raise DeadlineError("the snapshot took longer than CKPT_DEADLINE to copy, and was given up")
             changed = [k for k, crc in self._samples if self._last_crc(k) != crc]
             if changed:
                 names = ", ".join(repr(self.layout.pieces[k].stored_name) for k in changed[:8])
@@ -107,6 +111,10 @@ class Snapshot:
                 row += 1
             if paced is not None:
                 paced(len(chunk))
+
+    def give_up(self) -> None:
+        """From now on the sources may change: what is not copied yet never will be."""
+        self._given_up = True
 
     def seal(self) -> PackReport:
         """Header and block table: the buffer then holds the pack as any medium would."""

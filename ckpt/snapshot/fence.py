@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from ckpt.config import settings
-from ckpt.errors import DeadlineError
 
 __all__ = ["Fence", "fence_here", "owned_storages"]
+
+log = logging.getLogger("ckpt")
 
 
 class Fence:
@@ -27,7 +29,7 @@ class Fence:
 
     def __init__(self) -> None:
         self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._copies: list[threading.Event] = []
+        self._copies: list[tuple[threading.Event, Callable[[], None]]] = []
         self.waited = 0.0
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
@@ -37,19 +39,23 @@ class Fence:
             optimizer.register_step_pre_hook(lambda *_: self.wait())
             optimizer.register_load_state_dict_pre_hook(lambda *_: self.wait())
 
-    def put(self, copied: threading.Event) -> None:
-        """Puts a copy behind the fence: `copied` is set when it is done, or has failed."""
-        self._copies = [c for c in self._copies if not c.is_set()] + [copied]
+    def put(self, copied: threading.Event, give_up: Callable[[], None]) -> None:
+        """Puts a copy behind the fence: `copied` is set when it is done, or has failed; `give_up` makes it fail."""
+        self._copies = [c for c in self._copies if not c[0].is_set()] + [(copied, give_up)]
 
     def wait(self) -> None:
-        """Until all copies are done. Raises DeadlineError, naming the deadline, if one never is."""
-        if all(c.is_set() for c in self._copies):
+        """Until all copies are done. One that is not after the deadline is given up: training goes on."""
+        if all(copied.is_set() for copied, _ in self._copies):
             return
         began = time.monotonic()
         deadline = settings().deadline
-        for copied in self._copies:
+        for copied, give_up in self._copies:
             if not copied.wait(max(0.0, began + deadline - time.monotonic())):
-                raise DeadlineError(f"a snapshot was not copied within {deadline:.0f} s; is its thread alive?")
+                log.error(
+                    "ckpt: a snapshot was not copied within %.0f s and is given up; is its thread alive?", deadline
+                )
+                give_up()
+        self._copies = []
         self.waited += time.monotonic() - began
 
 

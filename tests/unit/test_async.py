@@ -416,3 +416,20 @@ def test_a_thread_that_cannot_be_had_holds_up_nobody(
         assert handle.committed(WAIT) == (pool == "saving")
     job.train()
     assert ckpt.async_save(job.state, tmp_path / "run", step=1).committed(WAIT)
+
+
+def test_a_copy_that_takes_too_long_is_given_up_and_training_goes_on(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits at the fence for ever: that snapshot fails, and nothing torn is published."""
+    job = Job()
+    handle = ckpt.async_save(job.state, tmp_path / "run")
+    assert held.reached.wait(WAIT)
+    monkeypatch.setenv("CKPT_DEADLINE", "0.01")
+    job.train()
+    monkeypatch.delenv("CKPT_DEADLINE")
+    held.go.set()
+    with pytest.raises(ckpt.DeadlineError, match="given up"):
+        handle.result(WAIT)
+    assert not list_run(LocalBackend(str(tmp_path / "run"))).committed
+    assert ckpt.async_save(job.state, tmp_path / "run").committed(WAIT)
