@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.render import BENCHES
 
-_SIZED = ("save", "load", "reshard", "memory", "stall", "loop", "durable")
+_SIZED = ("save", "load", "reshard", "memory", "stall", "loop", "durable", "restart")
 _STATEFUL = (*_SIZED, "flat")
-_ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat")
+_ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat", "restart")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from benchmarks.report import Table, machine_line
 
 __all__ = ["render", "tables"]
 
-BENCHES = ("save", "load", "reshard", "memory", "scale", "stall", "loop", "durable", "flat")
+BENCHES = ("save", "load", "reshard", "memory", "scale", "stall", "loop", "durable", "flat", "restart")
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
