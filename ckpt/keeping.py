@@ -123,7 +123,7 @@ class Keeping:
             with self._stored:
                 self._ends.pop(-1, None)
             self._begin_here(sorted(self.member.slots), [], self._at + 1)
-            self._epoch = 0
+            self._epoch = self._wanted_epoch = 0
             self._join()
         except Exception as e:
             log.error("ckpt: no new keeper: %s; this run has no snapshots in memory any more", e)

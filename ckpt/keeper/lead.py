@@ -213,7 +213,9 @@ class Lead:
         found = self.newest()
         if found is None or found[1] <= self.persisted:
             return []
-        return self._persist(found[0], self.slots[found[0]])
+        number, self.wanted = found
+        self.slots[number].readers.add("wanted")
+        return self._persist(number, self.slots[number])
 
     def persist_ended(self, key: Key, committed: bool, now: float) -> list[Decision]:
         """A save to storage has ended. A failed one is tried again with a later step, after a while."""

@@ -50,6 +50,7 @@ class Link:
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Frame]] = {}
         self._closing = False
+        self.in_use = False  # from the first answer on the loss of the keeper is news
         self.lost: CkptError | None = None
         threading.Thread(target=self._read, name="ckpt-keeper-link", daemon=True).start()
 
@@ -120,7 +121,7 @@ class Link:
         for waiting in list(self._asked.values()):
             if not waiting.done():
                 waiting.set_exception(error)
-        if not self._closing:
+        if self.in_use and not self._closing:
             self._ended(error)
 
 

@@ -20,6 +20,7 @@ from ckpt.snapshot.arena import Slot
 __all__ = ["Member"]
 
 Key = tuple[int, int]
+_TRIES = 4
 
 
 class Member:
@@ -43,12 +44,21 @@ class Member:
         self._attach()
 
     def _attach(self) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._attach_once()
+            except PeerError:  # it was just about to end; the name is free when it has
+                if not left:
+                    raise
+
+    def _attach_once(self) -> None:
         self.link = Link(self._name, self._heard, self._ended)
         slots = sorted(self.slots.items())
         answer = self.link.ask(
             "attach", fds=[s.fd for _, s in slots], timeout=self.deadline, rank=self._rank,
             bring=[n for n, _ in slots],
         )  # fmt: skip
+        self.link.in_use = True
         self.steps = [(int(g), int(s)) for g, s in answer["steps"]]
         self.used = int(answer["used"])
         self._host, self._known_secret = str(answer["host"]), str(answer["secret"])

@@ -137,14 +137,14 @@ class Keeper:
         """A trainer says who it is; it is told what there is, and gets the memory of its rank."""
         rank = int(message["rank"])
         for other in [p for p in self.loop.peers if p.rank == rank and p is not peer]:
-            if _alive(other.pid):
+            if other.pid != peer.pid and not other.closed and _alive(other.pid):
                 raise ConflictError(
                     f"rank {rank} of this run is being trained by process {other.pid}; one job at a time may write to "
                     "a run: end that one, or name another run"
                 )
             self._fence(other)
         peer.rank = rank
-        self._until = None
+        self._until, self._ending = None, False
         self.vault.put(rank, message["bring"], message.fds, replace=False)  # if this keeper is new: its predecessor's
         faults.point("keeper attached")
         own = self.vault.of(rank)
@@ -285,7 +285,7 @@ class Keeper:
                 self._deserted(peer.closed)
 
     def _deserted(self, closed: bool) -> None:
-        if closed:
+        if closed or not self.vault.held:
             self._ending = True
             return
         self._until = self.clock() + self.grace
