@@ -2,7 +2,7 @@
 
 The keeper of rank 0 drives it, for all ranks of all hosts.
 
-    a slot      FREE -> GRANTED(step) -> COMPLETE(step) -> FREE
+    a slot      FREE -> GRANTED(step) -> COMPLETE(step) -> FREE, or DAMAGED until nobody reads it
                           \\-> FREE, once every rank has let go of a step that was voided
     a step      granted -> sealed or missed by each rank -> complete, if all sealed the same plan; else void
 
@@ -91,6 +91,7 @@ class State(Enum):
     FREE = "free"
     GRANTED = "granted"
     COMPLETE = "complete"
+    DAMAGED = "damaged"
 
 
 @dataclass
@@ -118,7 +119,6 @@ class Lead:
     margin: int = 1
     persisting: Key | None = None
     persisted: Key = (-1, -1)
-    wanted: Key | None = None  # asked for while another save was under way
     stored_step: int = -1  # of this life: the step up to which storage is served
     last_memory: float = 0.0
     last_storage: float = 0.0
@@ -138,6 +138,7 @@ class Lead:
             if slot.state is State.GRANTED:
                 slot.state, slot.parts = State.FREE, {}
         self.use(slots)
+        self._release()
 
     def adopt(self, key: Key, slot: int) -> None:
         """A step that is complete in memory, and of which this machine may not know."""
@@ -157,7 +158,7 @@ class Lead:
 
     def join(self, rank: int, epoch: int, now: float) -> list[Decision]:
         """A rank has what it needs to take part."""
-        if epoch == self.epoch:
+        if epoch == self.epoch and rank < self.world:
             self.ready.add(rank)
         return self._consider(now)
 
@@ -169,7 +170,7 @@ class Lead:
     def seal(self, rank: int, step: int, part: Sealed | str, now: float) -> list[Decision]:
         """A rank has sealed its part of a step, or (`part` says why) will not."""
         found = self._granted(step)
-        if found is None:
+        if found is None or rank >= self.world:
             return []
         number, slot = found
         slot.parts.setdefault(rank, part)
@@ -177,6 +178,8 @@ class Lead:
 
     def leave(self, rank: int, why: str, now: float) -> list[Decision]:
         """A rank's trainer is gone; it has let go of all slots."""
+        if rank >= self.world:
+            return []
         self.ready.discard(rank)
         out: list[Decision] = []
         for number, slot in list(self.slots.items()):
@@ -197,8 +200,7 @@ class Lead:
         if key in (self.persisted, self.persisting):
             return True, []
         for number, slot in self.slots.items():
-            if slot.state is State.COMPLETE and slot.key == key:
-                self.wanted = key
+            if slot.state is State.COMPLETE and slot.key == key > self.persisted:
                 slot.readers.add("wanted")
                 return True, self._persist(number, slot)
         return False, []
@@ -213,9 +215,9 @@ class Lead:
         found = self.newest()
         if found is None or found[1] <= self.persisted:
             return []
-        number, self.wanted = found
-        self.slots[number].readers.add("wanted")
-        return self._persist(number, self.slots[number])
+        slot = self.slots[found[0]]
+        slot.readers.add("wanted")
+        return self._persist(found[0], slot)
 
     def persist_ended(self, key: Key, committed: bool, now: float) -> list[Decision]:
         """A save to storage has ended. A failed one is tried again with a later step, after a while."""
@@ -226,13 +228,12 @@ class Lead:
         else:
             self.failures += 1
             self.retry_after = now + min(300.0, 2.0**self.failures)
-        out: list[Decision] = []
-        for number, slot in self.slots.items():
+        for slot in self.slots.values():
             slot.readers.discard("storage")
-            if self.wanted is not None and slot.state is State.COMPLETE and slot.key == self.wanted != key:
-                out = self._persist(number, slot)
-            slot.readers.discard("wanted")
-        self.wanted = None
+            if slot.key == key or slot.key <= self.persisted:
+                slot.readers.discard("wanted")
+        waiting = [(s.key, n) for n, s in self.slots.items() if "wanted" in s.readers and s.state is State.COMPLETE]
+        out = self._persist(min(waiting)[1], self.slots[min(waiting)[1]]) if waiting else []
         self._release()
         return out + self._consider(now)
 
@@ -259,7 +260,8 @@ class Lead:
         """What is in memory of a step is not what was sealed: it is not there any more."""
         for slot in self.slots.values():
             if slot.state is State.COMPLETE and slot.key == key:
-                slot.state, slot.parts = State.FREE, {}
+                slot.state = State.DAMAGED
+        self._release()
 
     def _granted(self, step: int) -> tuple[int, _Slot] | None:
         key = (self.generation, step)
@@ -275,12 +277,14 @@ class Lead:
             rank = min(missing)
             slot.state, slot.parts = State.FREE, {}
             self.margin = 2
+            self._release()
             return [Void(slot.key[1], f"rank {rank}: {missing[rank]}")]
         why = _disagreement(sealed)
         if why:
             differing = _differing(sealed)
             self.diverged |= differing
             slot.state, slot.parts = State.FREE, {}
+            self._release()
             return [Void(slot.key[1], why), *self.replan()]
         slot.state, slot.parts = State.COMPLETE, {}
         self.margin = 1
@@ -315,6 +319,8 @@ class Lead:
         newest = self.newest()
         for number, slot in list(self.slots.items()):
             if slot.state is State.COMPLETE and newest is not None and slot.key < newest[1] and not slot.readers:
+                slot.state = State.FREE
+            if slot.state is State.DAMAGED and not slot.readers:
                 slot.state = State.FREE
             if slot.state is State.FREE and slot.retired:
                 del self.slots[number]

@@ -29,7 +29,7 @@ class Fence:
 
     def __init__(self) -> None:
         self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._copies: list[tuple[threading.Event, Callable[[], None]]] = []
+        self._copies: list[tuple[threading.Event, weakref.WeakMethod[Callable[[], None]]]] = []
         self.waited = 0.0
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
@@ -40,8 +40,9 @@ class Fence:
             optimizer.register_load_state_dict_pre_hook(lambda *_: self.wait())
 
     def put(self, copied: threading.Event, give_up: Callable[[], None]) -> None:
-        """Puts a copy behind the fence: `copied` is set when it is done, or has failed; `give_up` makes it fail."""
-        self._copies = [c for c in self._copies if not c[0].is_set()] + [(copied, give_up)]
+        """Puts a copy behind the fence: `copied` is set when it is done, or has failed; `give_up`, a method of the copy,
+        makes it fail. The fence does not keep the copy in memory."""
+        self._copies = [c for c in self._copies if not c[0].is_set()] + [(copied, weakref.WeakMethod(give_up))]
 
     def wait(self) -> None:
         """Until all copies are done. One that is not after the deadline is given up: training goes on."""
@@ -54,7 +55,9 @@ class Fence:
                 log.error(
                     "ckpt: a snapshot was not copied within %.0f s and is given up; is its thread alive?", deadline
                 )
-                give_up()
+                call = give_up()
+                if call is not None:
+                    call()
         self._copies = []
         self.waited += time.monotonic() - began
 
