@@ -93,7 +93,7 @@ class Events:
                 rows.append(self._waiting.popleft())
         if not rows:
             return
-        data = "".join(json.dumps(_row(e), separators=(",", ":"), ensure_ascii=False) + "\n" for e in rows)
+        data = "".join(json.dumps(_row(e), separators=(",", ":")) + "\n" for e in rows)
         try:
             backend.create(f"events/g{generation:04d}-{self._name}-{time.time_ns():x}.jsonl", data.encode())
         except CkptError as e:

@@ -113,12 +113,18 @@ class Keeping:
             self._ends[-1] = Outcome("lost", -1, error=(error.kind, str(error)))
             self._stored.notify_all()
         self._told(Outcome("lost", self._at, str(error)))
-        if error.kind == "peer" and self._began:
+        if self._began:
+            self._lost_meanwhile(error)
+
+    def _lost_meanwhile(self, error: CkptError) -> None:
+        if error.kind == "peer":
             self._planning.submit(self._again)
 
     def _again(self) -> None:
         """Starts another keeper and hands it what this rank has: its memory, the plan."""
         try:
+            if self.member.link.lost is None:
+                return
             self.member.attach_again()
             with self._stored:
                 self._ends.pop(-1, None)
@@ -140,9 +146,12 @@ class Keeping:
                 self._miss(step, f"was at step {self._at} when it heard of it")
         elif message.kind == "replan":
             with self._lock:
+                dropped = list(self._grants)
                 self._grants.clear()
                 self._wanted_epoch = int(message["epoch"])
                 self._plans.diverged |= frozenset(message["diverged"])
+            for step in dropped:
+                self._miss(step, "the ranks agree on a new plan")
         elif message.kind == "rejoin":
             self._epoch = self._wanted_epoch = int(message["epoch"])
             if self._began:
@@ -178,36 +187,56 @@ class Keeping:
     def begin(self, state: Any, generation: int, start: int) -> None:
         """Collective: a life begins. Agrees on the plan, reserves the slots. Raises on every rank what any of them has
         against it: LayoutError and the like, CapacityError."""
-        self._generation, self._at = generation, start - 1
+        self._generation, self._at, self._began = generation, start - 1, False
         self._grants.clear()
-        called = self._plans.roll.call(state)
-        self._plans.agree(called.leaves, f"plan of memory {generation}", self._group)
-        need = self._plans.slot_size
-        mine = [self.member.used, [n for n, s in self.member.slots.items() if s.size >= need]]
-        count = 3 if self._schedule.storage is not None else 2
-        answer = self._group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
-        numbers: list[int] = json.loads(answer)
+        called: Called | None = None
+        leaves: Leaves | Exception
+        try:
+            if self.member.link.lost is not None:
+                self.member.attach_again()
+                self._ends.pop(-1, None)
+            called = self._plans.roll.call(state)
+            leaves = called.leaves
+        except Exception as e:
+            leaves = e
+        self._plans.agree(leaves, f"plan of memory {generation}", self._group)
+        assert called is not None
+        numbers = self._agree_on_slots(self._group)
         failure: bytes | Exception = b""
         try:
-            new = self._reserve(numbers, need)
+            new = self._reserve(numbers)
             self._prepared = self._plans.prepare(state, called)
             self._begin_here(numbers, new, start)
         except Exception as e:
             failure = e
         self._group.round("begun", failure, lambda _: b"")
         self._epoch = self._wanted_epoch = 0
+        try:
+            self._join()
+        except Exception as e:
+            failure = e
+        self._group.round("joined", failure, lambda _: b"")
         self._began = True
-        self._join()
-        self._group.round("joined", b"", lambda _: b"")
-        self.member.link.ask("sync", timeout=self.member.deadline)  # the first grant has come
+        try:
+            self.member.link.ask("sync", timeout=self.member.deadline)  # the first grant has come
+        except CkptError as e:
+            self._lost_meanwhile(e)
 
-    def _reserve(self, numbers: Sequence[int], need: int) -> list[int]:
+    def _agree_on_slots(self, group: Group) -> list[int]:
+        """The numbers of the slots of the plan: those that are large enough on all ranks, then new ones."""
+        count, need = (3 if self._schedule.storage is not None else 2), self._plans.slot_size
+        used = max([self.member.used, *(n + 1 for n in self.member.slots)])
+        mine = [used, [n for n, s in self.member.slots.items() if s.size >= need]]
+        answer = group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
+        return [int(n) for n in json.loads(answer)]
+
+    def _reserve(self, numbers: Sequence[int]) -> list[int]:
         """Makes the slots that are not there; gives back those that nobody uses. Returns the new ones."""
         for number in [n for n in self.member.slots if n not in numbers]:
             self.member.slots.pop(number).close()
         new = [n for n in numbers if n not in self.member.slots]
         for number in new:
-            self.member.slots[number] = Slot(need, f"ckpt-{self._group.rank}-{number}")
+            self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
         return new
 
     def _begin_here(self, numbers: Sequence[int], new: Sequence[int], start: int) -> None:
@@ -309,13 +338,10 @@ class Keeping:
             try:
                 self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
                 assert called is not None
-                need = self._plans.slot_size
-                grown = [n for n, s in self.member.slots.items() if s.size < need]
-                for number in grown:
-                    self.member.slots.pop(number).close()
-                new = self._reserve([*self.member.slots, *grown], need)
+                numbers = self._agree_on_slots(self._group.beside())
+                new = self._reserve(numbers)
                 self._prepared = self._plans.prepare(state, called)
-                self._begin_here(sorted(self.member.slots), new, self._at + 1)
+                self._begin_here(numbers, new, self._at + 1)
                 self._join()
             except Exception as e:
                 log.error("ckpt: no new plan for snapshots, there will be none until the next restart: %s", e)
@@ -346,7 +372,8 @@ class Keeping:
 
     def flush(self) -> None:
         """Has the newest complete step written to storage; from a signal handler too."""
-        self.member.link.mention("flush")
+        if not self.member.link.mention("flush"):  # the interrupted thread may be the one that is sending
+            threading.Thread(target=self.member.link.try_to_tell, args=("flush",), daemon=True).start()
 
     def close(self) -> None:
         """Lets go: with the last trainer of the host the keeper ends, and the memory with it."""

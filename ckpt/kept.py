@@ -15,7 +15,7 @@ from ckpt.background import SaveHandle
 from ckpt.collective import Group
 from ckpt.commit import step_folder
 from ckpt.config import settings
-from ckpt.errors import CkptError, PeerError, from_wire
+from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.keeping import Keeping, Outcome, Schedule
@@ -62,7 +62,12 @@ class Kept:
             common = set.intersection(*({tuple(key) for key in json.loads(text)} for text in letters))
             return json.dumps(max(common, default=None)).encode()
 
-        found = json.loads(self._group.round("in memory", json.dumps(self._keeping.member.steps).encode(), decide))
+        try:
+            held = self._keeping.member.look()
+        except CkptError as e:
+            log.error("ckpt: what is in memory cannot be told: %s", e)
+            held = []
+        found = json.loads(self._group.round("in memory", json.dumps(held).encode(), decide))
         return (int(found[0]), int(found[1])) if found else None
 
     def open(self, key: Key) -> SnapshotBackend:
@@ -71,19 +76,32 @@ class Kept:
 
     def done(self, damaged: Key | None = None) -> None:
         """It was read; or is damaged, and to be forgotten."""
-        self._keeping.member.done_reading(damaged)
+        try:
+            self._keeping.member.done_reading(damaged)
+        except CkptError as e:
+            log.error("ckpt: %s", e)
 
     def begin(self, state: Any, start: int) -> None:
-        """A life begins at step `start`; collective. Raises on every rank what keeps it from having snapshots."""
+        """A life begins at step `start`; collective. Raises on every rank what keeps it from having snapshots; but if a
+        keeper was lost, another one is tried, and then again at the next step."""
         self._handles.clear()
-        self._keeping.begin(state, self._account.generation, start)
-        self._began = True
+        self._began = False
+        for left in (1, 0):
+            try:
+                self._keeping.begin(state, self._account.generation, start)
+                self._began = True
+                return
+            except (PeerError, DeadlineError) as e:
+                log.error("ckpt: no snapshots yet, %s: %s", "trying once more" if left else "training goes on", e)
 
     def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle | None:
         """Begins the snapshot of a step, if the keepers granted it; waits for nobody."""
         began = time.monotonic()
         if not self._began:
             self.begin(state, step)
+        if not self._began:
+            self._account.skipped(step, "no keeper")
+            return None
         handle = SaveHandle(step)
         self._handles[step] = handle
         try:

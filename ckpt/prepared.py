@@ -7,6 +7,7 @@ their digests. A step whose copies differ is void, and what differed is stored p
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +42,20 @@ class Prepared:
     lazy: list[bool]
     hashed: list[tuple[str, Held, bool]]
     index: dict[str, list[int]]
+    optimizers: Sequence[torch.optim.Optimizer]
 
     def refresh(self, called: Called) -> None:
         """Takes the tensors that are other ones in this step."""
-        for name in called.fresh:
-            held = called.leaves.tensors[name].held
-            for n in self.index.get(name, ()):
-                _, k, box = self.work.places[n]
-                self.sources[n] = source_of(held.pieces[k][1], box)
+        fresh = [(n, called.leaves.tensors[name].held) for name in called.fresh for n in self.index.get(name, ())]
+        owned = owned_storages(self.optimizers) if any(self.lazy[n] for n, _ in fresh) else set()
+        for n, held in fresh:
+            _, k, box = self.work.places[n]
+            view = held.pieces[k][1]
+            self.sources[n] = source_of(view, box)
+            self.lazy[n] = self.lazy[n] and view.untyped_storage().data_ptr() in owned
         if called.fresh and self.hashed:
             tensors = called.leaves.tensors
-            self.hashed = [(m, tensors[m].held if m in called.fresh else h, w) for m, h, w in self.hashed]
+            self.hashed = [(m, tensors[m].held, False) if m in called.fresh else (m, h, w) for m, h, w in self.hashed]
 
 
 class Preparing:
@@ -119,4 +123,5 @@ class Preparing:
             lazy=[view.untyped_storage().data_ptr() in owned for view in views],
             hashed=hashed,
             index=index,
+            optimizers=optimizers,
         )

@@ -11,7 +11,7 @@ from ckpt.backends import Backend
 from ckpt.catalog import Step, lineage, list_run
 from ckpt.collective import Group
 from ckpt.commit import step_folder
-from ckpt.errors import FormatError, IntegrityError, NotFoundError
+from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, PeerError
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_folder
@@ -36,10 +36,13 @@ def restore_newest(
                 assert kept is not None and snapshot is not None
                 return step_folder(snapshot[1], snapshot[0]), _from_memory(state, options, group, kept, snapshot)
             return candidate, load_folder(state, backend, candidate, options, group)
-        except (IntegrityError, FormatError, NotFoundError) as e:
-            if after is None:
+        except (IntegrityError, FormatError, NotFoundError, PeerError, DeadlineError) as e:
+            gone = candidate == _MEMORY and not isinstance(e, (IntegrityError, FormatError))
+            if not gone and (after is None or isinstance(e, (PeerError, DeadlineError))):
                 raise
-            log.error("ckpt: %s/%s cannot be used, falling back to %s: %s", backend.root, candidate, after, e)
+            log.error(
+                "ckpt: %s/%s cannot be used, falling back to %s: %s", backend.root, candidate, after or "step 0", e
+            )
     return None, None
 
 
@@ -48,6 +51,8 @@ def _from_memory(state: Any, options: LoadOptions, group: Group, kept: Kept, key
     opened: SnapshotBackend | Exception
     try:
         opened = kept.open(key)
+    except CkptError as e:
+        opened = NotFoundError(f"step {key[1]} cannot be had from memory: {e}")
     except Exception as e:
         opened = e
     damaged = False

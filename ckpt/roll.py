@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ckpt.optim import Owners
-from ckpt.shards import Held, is_tensor
+from ckpt.shards import ByLayout, Held, Shard, is_tensor
 from ckpt.state import Leaves, collect, collect_groups, collect_value, owners_of, walk
 
 __all__ = ["Called", "Roll"]
@@ -38,7 +38,7 @@ class Roll:
         self._owners: Owners = {}
         self._seen: list[Any] = []
         self._kept: list[Any] = []  # so that no identity is given to another object
-        self._changing: frozenset[str] = frozenset()
+        self._changing: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
 
     def call(self, state: Any) -> Called:
         """The leaves of the state now. Raises what `ckpt.state.collect` does."""
@@ -48,33 +48,51 @@ class Roll:
         for name, value, _ in parts:
             seen.append(name)
             _marks(value, seen, kept)
-        if self._leaves is not None and seen == self._seen and None not in seen:
-            again = self._again(self._leaves, parts)
+        known = self._leaves
+        if known is not None and seen == self._seen and None not in seen:
+            again = self._again(known, parts)
             if again is not None:
                 self._leaves = again.leaves
                 return again
         self._leaves, self._owners = collect(state), owners_of(state)
         self._seen, self._kept = seen, kept
+        self._changing = _names(self._anew(parts))
+        if known is not None and _alike(known, self._leaves):
+            return Called(self._leaves, False, frozenset(self._leaves.tensors))
         return Called(self._leaves, whole=True)
 
-    def _again(self, known: Leaves, parts: list[tuple[str, Any, str]]) -> Called | None:
-        """The known leaves with what changes from step to step; None if that has got other names or shapes."""
+    def _anew(self, parts: list[tuple[str, Any, str]]) -> Leaves:
+        """What changes from step to step."""
         new = Leaves()
         for name, value, policy in parts:
             if isinstance(value, torch.optim.Optimizer):
                 collect_groups(new, name, value, self._owners)
             elif not isinstance(value, nn.Module) and not is_tensor(value):
                 collect_value(new, name, value, policy)
-        for name, leaf in new.tensors.items():
-            before = known.tensors.get(name)
-            if before is None or _kind(before.held) != _kind(leaf.held):
-                return None
-        fresh = frozenset(new.tensors)
-        if self._changing not in (frozenset(), fresh) or not known.objects.keys() >= new.objects.keys():
+        return new
+
+    def _again(self, known: Leaves, parts: list[tuple[str, Any, str]]) -> Called | None:
+        """The known leaves with what changes from step to step; None if that has got other names or shapes."""
+        new = self._anew(parts)
+        if _names(new) != self._changing:
             return None
-        self._changing = fresh
+        if any(_kind(known.tensors[name].held) != _kind(leaf.held) for name, leaf in new.tensors.items()):
+            return None
         leaves = Leaves({**known.tensors, **new.tensors}, {**known.objects, **new.objects}, known.aliases)
-        return Called(leaves, False, fresh)
+        return Called(leaves, False, frozenset(new.tensors))
+
+
+def _names(leaves: Leaves) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset(leaves.tensors), frozenset(leaves.objects)
+
+
+def _alike(a: Leaves, b: Leaves) -> bool:
+    """Whether two sets of leaves differ only in what is in them."""
+    return (
+        a.tensors.keys() == b.tensors.keys()
+        and a.aliases == b.aliases
+        and all(_kind(leaf.held) == _kind(b.tensors[name].held) for name, leaf in a.tensors.items())
+    )
 
 
 def _kind(held: Held) -> tuple[object, ...]:
@@ -93,6 +111,8 @@ def _marks(value: Any, seen: list[Any], kept: list[Any]) -> None:
                 for key, tensor in tensors.items():
                     seen.append(key)
                     _mark(tensor, seen, kept)
+            if module._non_persistent_buffers_set:
+                seen.append(frozenset(module._non_persistent_buffers_set))
             for key, child in module._modules.items():
                 seen.append(key)
                 if child is not None:
@@ -119,15 +139,20 @@ _NOTHING: dict[str, Any] = {}
 
 def _mark(value: Any, seen: list[Any], kept: list[Any]) -> None:
     kind = type(value)
+    if kind in (Shard, ByLayout):
+        seen.append(id(value))
+        kept.append(value)
+        value = value.tensor
+        kind = type(value)
     local = value if kind in _PLAIN else getattr(value, "_local_tensor", value)
     if isinstance(local, torch.Tensor):
         try:
-            seen += id(value), local.data_ptr(), local.numel()
+            seen += id(value), local.data_ptr(), local.shape, local.stride(), local.dtype
             kept.append(value)
         except RuntimeError:  # a subclass without storage of its own
             seen.append(None)
     else:
-        seen.append(("value", value) if kind in _VALUES else None)
+        seen.append((kind, repr(value)) if kind in _VALUES else None)
 
 
 _VALUES = (int, float, str, bool, type(None))

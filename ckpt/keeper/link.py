@@ -76,8 +76,14 @@ class Link:
             try:
                 send(self._sock, frame(kind, payload, fds, **head))
             except CkptError as e:
-                self._sock.shutdown(socket.SHUT_RDWR)  # half a frame may be out
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)  # half a frame may be out
                 raise PeerError(f"lost the keeper, process {self.keeper_pid}: {e}") from None
+
+    def try_to_tell(self, kind: str) -> None:
+        """Sends a frame if the keeper is there."""
+        with suppress(CkptError):
+            self.tell(kind)
 
     def mention(self, kind: str, **head: Any) -> bool:
         """Sends a small frame if that takes no waiting; says whether it did."""
@@ -88,7 +94,7 @@ class Link:
                 return False
             send(self._sock, frame(kind, **head))
             return True
-        except CkptError:
+        except (CkptError, OSError, ValueError):  # a socket that was closed just now
             return False
         finally:
             self._lock.release()

@@ -35,6 +35,7 @@ class Peer:
     link: Connection
     role: str
     pid: int = 0
+    process: int = -1  # a pidfd
     rank: int = -1
     host: str = ""
     living: bool = False
@@ -89,6 +90,8 @@ class Loop:
                     self._accept(key.fileobj)
                 elif key.fileobj is self._ear:
                     self._ear.recv(4096)
+                elif isinstance(key.fileobj, int):
+                    self._died(key.data)
                 elif key.data in self.peers:
                     self._serve(key.data, mask)
             while self._timers and self._timers[0][0] <= self.clock():
@@ -120,6 +123,9 @@ class Loop:
             self.peers.remove(peer)
             self._selector.unregister(peer.link.sock)
             peer.link.close()
+            if peer.process >= 0:
+                self._selector.unregister(peer.process)
+                os.close(peer.process)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -132,7 +138,11 @@ class Loop:
             except CkptError:
                 sock.close()
                 return
-            self.add(sock, Connection(sock), "trainer").pid = pid
+            peer = self.add(sock, Connection(sock), "trainer")
+            peer.pid = pid
+            with suppress(OSError, AttributeError):  # it may be dead already, which the socket tells
+                peer.process = os.pidfd_open(pid)
+                self._selector.register(peer.process, selectors.EVENT_READ, peer)
             return
         if sum(p.role == "stranger" for p in self.peers) >= _STRANGERS or not self.secret:
             sock.close()
@@ -140,6 +150,14 @@ class Loop:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = self.add(sock, Connection(sock, trusted=False), "stranger")
         self.after(_GREETING, lambda: self.hang_up(peer) if peer.role == "stranger" else None)
+
+    def _died(self, peer: Peer) -> None:
+        """A trainer's process has ended. Its connection tells as much, unless a child of it still holds that."""
+        if peer in self.peers:
+            self._serve(peer, selectors.EVENT_READ)
+        if peer in self.peers:
+            self.hang_up(peer)
+            self.gone(peer)
 
     def _serve(self, peer: Peer, mask: int) -> None:
         alive = True

@@ -25,7 +25,7 @@ _TRIES = 4
 
 class Member:
     """`slots`: this rank's memory, by number, which outlives keepers as they outlive trainers. When this trainer came
-    the keeper held `steps`, and memory under numbers below `used`.
+    the keeper held memory under numbers below `used`.
 
     Attached on construction. Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains
     this run. `heard` and `ended` are called in a thread of the link's.
@@ -36,7 +36,6 @@ class Member:
         self._name = keeper_name(run, config.job, config.host)
         self._rank, self._heard, self._ended, self.deadline = rank, heard, ended, config.deadline
         self.slots: dict[int, Slot] = {}
-        self.steps: list[Key] = []
         self.used = 0
         self.ranks: Mapping[str, str] = {}
         self._peers: dict[str, Any] = {}
@@ -59,7 +58,6 @@ class Member:
             bring=[n for n, _ in slots],
         )  # fmt: skip
         self.link.in_use = True
-        self.steps = [(int(g), int(s)) for g, s in answer["steps"]]
         self.used = int(answer["used"])
         self._host, self._known_secret = str(answer["host"]), str(answer["secret"])
         for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
@@ -67,6 +65,11 @@ class Member:
                 os.close(fd)
             else:
                 self.slots[number] = Slot(size, fd=fd)
+
+    def look(self) -> list[Key]:
+        """(generation, step) of what the keeper of this host holds now."""
+        answer = self.link.ask("look", timeout=self.deadline)
+        return [(int(s["generation"]), int(s["step"])) for s in answer["steps"]]
 
     def attach_again(self) -> None:
         """After the keeper died: starts another, and hands it this rank's memory."""

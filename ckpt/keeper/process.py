@@ -39,6 +39,7 @@ from ckpt.write import Ring, encode_report
 __all__ = ["Keeper"]
 
 log = logging.getLogger("ckpt.keeper")
+_START = 60.0  # seconds in which the first trainer has to come
 _RETRY = 1.0  # seconds between two attempts to reach the lead
 _RANGE = 16 << 20  # bytes that one answer may carry
 
@@ -63,8 +64,8 @@ class Keeper:
         self._granted: set[int] = set()  # slots that trainers may be writing to
         self._busy = 0
         self._ending = False
-        self._until: float | None = self.clock() + grace
-        self.loop.after(grace, lambda: None)
+        self._until: float | None = self.clock() + max(grace, _START)  # whoever started it is on his way
+        self.loop.after(max(grace, _START), lambda: None)
 
     def _new_seat(self) -> Seat:
         return Seat(self._order, self._work, self.loop.after, self.vault.held, self.config.direct)
@@ -112,9 +113,10 @@ class Keeper:
                 self._obey(message)
             else:
                 self.seat.hear(message)
-        except (KeyError, TypeError, ValueError, IndexError, AssertionError) as e:
-            if isinstance(e, CkptError):
-                raise
+        except CkptError:
+            raise
+        except Exception as e:  # one bad message is no reason to end
+            log.error("%r from rank %d", message.kind, peer.rank, exc_info=e)
             raise ConflictError(f"{message.kind!r} makes no sense here ({type(e).__name__}: {e})") from e
 
     def _answer(self, peer: Peer, message: Frame, answer: Callable[[Peer, Frame], Frame | None] | None) -> None:
@@ -149,12 +151,10 @@ class Keeper:
         faults.point("keeper attached")
         own = self.vault.of(rank)
         slots = [[slot, m.size] for slot, m in own]
-        steps = sorted(self.vault.held)
         return frame(
             "answer",
             fds=[m.fd for _, m in own],
             slots=slots,
-            steps=steps,
             host=self.host,
             used=self.vault.slots,
             secret=self.loop.secret.hex(),
@@ -313,8 +313,7 @@ class Keeper:
             self.vault.plan(str(order["key"]), order.payload)
         elif kind == "keep":
             steps = {(int(g), int(s)) for g, s in order["steps"]}
-            current = self.life is not None and order["generation"] == self.life.generation
-            self.vault.forget(steps, {int(n) for n in order["slots"]} if current else None)
+            self.vault.forget(steps, {int(n) for n in order["slots"]})
         elif kind == "write":
             self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]))
         elif kind == "complete":

@@ -59,7 +59,7 @@ def _encode(message: Frame) -> bytes:
     content = {**message.head, "kind": message.kind}
     if message.fds:
         content["fds"] = len(message.fds)
-    head = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    head = json.dumps(content, separators=(",", ":")).encode()
     return _HEADER.pack(b"ck", VERSION, len(head), len(message.payload)) + head
 
 
@@ -83,8 +83,8 @@ class Connection:
         while True:
             try:
                 if unix:
-                    data, fds, flags, _ = socket.recv_fds(self.sock, 1 << 20, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-                    self._fds.extend(fds)
+                    data, fds, flags, _ = socket.recv_fds(self.sock, 1 << 20, _MAX_FDS)
+                    self.take(fds)
                     if flags & socket.MSG_CTRUNC:
                         raise FormatError("file descriptors were lost on the way; raise the limit of open files")
                 else:
@@ -100,6 +100,12 @@ class Connection:
                 raise FormatError("a stranger sent more than a greeting")
             if len(data) < 1 << 16:
                 return True
+
+    def take(self, fds: Sequence[int]) -> None:
+        """Descriptors that came; no program that this process starts gets them."""
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        self._fds.extend(fds)
 
     def frames(self) -> Iterable[Frame]:
         """The frames that are complete. Raises FormatError for what is none."""
@@ -117,7 +123,15 @@ class Connection:
 
     def put(self, message: Frame) -> None:
         """Queues a frame; `drain` sends it. Its descriptors are duplicated and closed once they are sent."""
-        self._out.append((memoryview(_encode(message)), [os.dup(fd) for fd in message.fds]))
+        own: list[int] = []
+        try:
+            for fd in message.fds:
+                own.append(os.dup(fd))
+        except OSError:
+            for fd in own:
+                os.close(fd)
+            raise
+        self._out.append((memoryview(_encode(message)), own))
         if message.payload:
             self._out.append((memoryview(message.payload), ()))
 
@@ -201,8 +215,8 @@ def receive(sock: socket.socket, connection: Connection) -> Frame:
             return message
         try:
             if sock.family == socket.AF_UNIX:
-                data, fds, _, _ = socket.recv_fds(sock, 1 << 20, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-                connection._fds.extend(fds)
+                data, fds, _, _ = socket.recv_fds(sock, 1 << 20, _MAX_FDS)
+                connection.take(fds)
             else:
                 data = sock.recv(1 << 20)
         except TimeoutError:

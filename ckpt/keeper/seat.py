@@ -117,9 +117,9 @@ class Seat:
         elif kind == "sealed":
             decisions = self._sealed(lead, rank, event)
         elif kind == "missed":
-            decisions = lead.seal(rank, int(event["step"]), str(event["why"]), now)
             if event.head.get("replan") == lead.epoch:
-                decisions += lead.replan()
+                decisions = lead.replan()  # first, so that nothing is granted for the old plan
+            decisions += lead.seal(rank, int(event["step"]), str(event["why"]), now)
         elif kind == "slots":
             lead.use([int(n) for n in event["slots"]])
         elif kind == "left":
@@ -196,10 +196,10 @@ class Seat:
     def _keep(self) -> None:
         """Tells what is needed, when that has changed."""
         assert self.lead is not None
-        needed = (sorted(self.lead.complete()), sorted(self.lead.slots), self.lead.generation)
+        needed = (sorted(self.lead.complete()), sorted(self.lead.slots))
         if needed != self._kept:
             self._kept = needed
-            self.order(frame("keep", steps=[list(k) for k in needed[0]], slots=needed[1], generation=needed[2]))
+            self.order(frame("keep", steps=[list(k) for k in needed[0]], slots=needed[1]))
 
     # A step on its way to storage: claim -> every host writes -> commit.
 

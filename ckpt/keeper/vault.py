@@ -20,6 +20,7 @@ class Vault:
     def __init__(self) -> None:
         self.held: dict[Key, Held] = {}
         self._memory: dict[tuple[int, int], Memory] = {}  # by rank and slot
+        self._needed: set[int] = set()
         self._plans: dict[str, tuple[bytes, Plan, Mapping[str, str]]] = {}  # as it came, and what it says
 
     def of(self, rank: int) -> list[tuple[int, Memory]]:
@@ -64,11 +65,13 @@ class Vault:
         memory = {r: self._memory[r, slot] for r in parts if hosts.get(r) == here and (r, slot) in self._memory}
         self.held[key] = Held(*key, slot, plan, aliases, parts, memory, dict(hosts))
 
-    def forget(self, steps: Collection[Key], slots: Collection[int] | None) -> None:
-        """Lets go of everything but these steps and slots; None: of no slot."""
+    def forget(self, steps: Collection[Key], slots: Collection[int]) -> None:
+        """Lets go of all steps but these, and of the slots that were needed before and are not now: one that was never
+        named has only just come."""
         for key in [k for k in self.held if k not in steps]:
             del self.held[key]
-        for rank, slot in [k for k in self._memory if slots is not None and k[1] not in slots]:
+        gone, self._needed = self._needed - set(slots), set(slots)
+        for rank, slot in [k for k in self._memory if k[1] in gone]:
             self._memory.pop((rank, slot)).close()
         used = {id(h.plan) for h in self.held.values()}
         for name in [n for n, (_, plan, _) in self._plans.items() if id(plan) not in used][:-2]:
