@@ -41,8 +41,6 @@ class SaveHandle:
         self.step = step
         self.stalled = 0.0
         """Seconds that its beginning held up this rank."""
-        self.bytes = 0
-        """Of this rank's pack, where that is known."""
         self._staged, self._done = threading.Event(), threading.Event()
         self._report: SaveReport | None = None
         self._error: Exception | None = None

@@ -33,7 +33,7 @@ from ckpt.snapshot.fence import fence_here
 from ckpt.state import Leaves
 from ckpt.write import encode_report
 
-__all__ = ["Keeping", "Outcome", "Schedule"]
+__all__ = ["Keeping", "Outcome", "Schedule", "Taken"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
@@ -67,14 +67,15 @@ class Outcome:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Taken:
-    """A snapshot that has begun. `copied` is set when the state may change again."""
+    """A snapshot that has begun. `copied` is set when the state may change again. Seconds: `eager` of copying in `step`,
+    `lazy` beside training, once that is over."""
 
-    step: int
     copied: threading.Event
     eager: float
     bytes: int
+    lazy: float = 0.0
 
 
 class Keeping:
@@ -305,15 +306,19 @@ class Keeping:
         objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
         faults.point("trainer copied eagerly")
         head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics)}
-        self._copying.submit(self._rest, snapshot, head, copies, config)
+        taken = Taken(snapshot.copied, time.monotonic() - began, prepared.work.layout.size)
+        self._copying.submit(self._rest, taken, snapshot, head, copies, config)
         fence_here().put(snapshot.copied, snapshot.give_up)
-        return Taken(step, snapshot.copied, time.monotonic() - began, prepared.work.layout.size)
+        return taken
 
-    def _rest(self, snapshot: Snapshot, head: dict[str, Any], copies: dict[str, int], config: Settings) -> None:
+    def _rest(
+        self, taken: Taken, snapshot: Snapshot, head: dict[str, Any], copies: dict[str, int], config: Settings
+    ) -> None:
         """The lazy copies, then the seal. In the copying thread."""
-        step = int(head["step"])
+        step, began = int(head["step"]), time.monotonic()
         try:
             snapshot.copy_rest(pace(config))
+            taken.lazy = time.monotonic() - began
             faults.point("trainer copied")
             report = snapshot.seal() if snapshot.layout.pieces else None
             self.member.link.tell("sealed", encode_report(report), copies=copies, **head)

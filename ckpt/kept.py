@@ -18,7 +18,7 @@ from ckpt.config import settings
 from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.source import SnapshotBackend
-from ckpt.keeping import Keeping, Outcome, Schedule
+from ckpt.keeping import Keeping, Outcome, Schedule, Taken
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.upkeep import Account
 
@@ -26,6 +26,13 @@ __all__ = ["Kept"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
+
+
+class _Handle(SaveHandle):
+    """Of a snapshot: what is known once it has begun, and (outcome, why) once that is decided."""
+
+    taken: Taken | None = None
+    fate: tuple[str, str] | None = None
 
 
 class Kept:
@@ -36,7 +43,9 @@ class Kept:
 
     def __init__(self, backend: Backend, group: Group, schedule: Schedule, account: Account) -> None:
         self._backend, self._group, self._schedule, self._account = backend, group, schedule, account
-        self._handles: dict[int, SaveHandle] = {}
+        self._handles: dict[int, _Handle] = {}
+        self._bytes = 0  # of this rank's last pack
+        self._lock = threading.Lock()
         self._began = False
         keeping: Keeping | None = None
         failure: bytes | Exception = b""
@@ -102,7 +111,7 @@ class Kept:
         if not self._began:
             self._account.skipped(step, "no keeper")
             return None
-        handle = SaveHandle(step)
+        handle = _Handle(step)
         self._handles[step] = handle
         try:
             taken = self._keeping.step(state, step, metrics)
@@ -116,12 +125,9 @@ class Kept:
                 self._account.skipped(step, taken)
             return None
         handle.follow(taken.copied)
-        handle.bytes = taken.bytes
         handle.stalled = time.monotonic() - began
         self._account.report.stalled += handle.stalled
-        self._account.event(
-            "snapshot", step, outcome="sealed", stall=handle.stalled, eager=taken.eager, bytes=taken.bytes
-        )
+        self._know(handle, taken=taken)
         return handle
 
     def _heard(self, outcome: Outcome) -> None:
@@ -140,13 +146,27 @@ class Kept:
             a.report.voided += 1
             for handle in self._take_handles(step, only=True):
                 handle.end(PeerError(f"step {step} is void: {outcome.why}"))
-            a.event("snapshot", step, outcome="voided", why=outcome.why)
+                self._know(handle, fate=("voided", outcome.why))
         else:
             a.report.sealed += 1
             for handle in self._take_handles(step, only=True):
                 handle.end(self._report(outcome))
+                self._know(handle, fate=("sealed", ""))
 
-    def _take_handles(self, step: int, only: bool = False) -> list[SaveHandle]:
+    def _know(self, handle: _Handle, taken: Taken | None = None, fate: tuple[str, str] | None = None) -> None:
+        """What `step` knows of a snapshot and what the keeper says of it, in any order; a row once both are known."""
+        with self._lock:
+            handle.taken, handle.fate = taken or handle.taken, fate or handle.fate
+            if handle.taken is None or handle.fate is None:
+                return
+        taken, (outcome, why) = handle.taken, handle.fate
+        self._bytes = taken.bytes
+        self._account.event(
+            "snapshot", handle.step, outcome=outcome, why=why, stall=handle.stalled, eager=taken.eager,
+            lazy=taken.lazy, bytes=taken.bytes,
+        )  # fmt: skip
+
+    def _take_handles(self, step: int, only: bool = False) -> list[_Handle]:
         return [h for s in sorted(self._handles) if (s == step or not only) and (h := self._handles.pop(s, None))]
 
     def _report(self, outcome: Outcome) -> SaveReport:
@@ -156,7 +176,7 @@ class Kept:
             step=outcome.step,
             generation=self._account.generation,
             bytes=outcome.bytes,
-            bytes_here=0,
+            bytes_here=self._bytes if outcome.bytes else 0,
             seconds=outcome.write + outcome.commit,
             seconds_plan=0.0,
             seconds_write=outcome.write,
