@@ -154,7 +154,9 @@ class Keeping:
             for step in dropped:
                 self._miss(step, "the ranks agree on a new plan")
         elif message.kind == "rejoin":
-            self._epoch = self._wanted_epoch = int(message["epoch"])
+            with self._lock:
+                self._grants.clear()
+                self._epoch = self._wanted_epoch = int(message["epoch"])
             if self._began:
                 self._planning.submit(self._join)
         elif message.kind == "storing":
@@ -269,8 +271,11 @@ class Keeping:
             replan = self._wanted_epoch > self._epoch and self.member.link.lost is None and self._began
         for s in passed:
             self._miss(s, f"went from another step to {step}")
-        self.member.link.mention("at", step=step)
+        if slot is None:  # of a step that was granted the seal tells as much
+            self.member.link.mention("at", step=step)
         if replan:
+            if slot is not None:
+                self._miss(step, "the ranks agree on a new plan")
             self._replan(state)
             return "the ranks agree on a new plan"
         if slot is None:
@@ -289,6 +294,7 @@ class Keeping:
         called = self._plans.roll.call(state)
         prepared = self._prepared
         if called.whole or prepared is None:
+            self._prepared = None  # of the old leaves: not one more snapshot is made of them
             self._miss(step, "its leaves changed", replan=self._epoch)
             return "the leaves of the state changed"
         prepared.refresh(called)

@@ -172,6 +172,7 @@ class Lead:
         found = self._granted(step)
         if found is None or rank >= self.world:
             return []
+        self.at = max(self.at, step)
         number, slot = found
         slot.parts.setdefault(rank, part)
         return self._settle(number, slot) + self._consider(now)

@@ -151,7 +151,7 @@ def _start(name: str) -> None:
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "ckpt.keeper", name],
+            [sys.executable, "-P", "-m", "ckpt.keeper", name],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -213,7 +213,8 @@ class Keeper:
         return frame("answer")
 
     def _on_at(self, peer: Peer, message: Frame) -> None:
-        self._event(frame("at", step=message["step"]))
+        if peer.living:
+            self._event(frame("at", step=message["step"]))
 
     def _on_sealed(self, peer: Peer, message: Frame) -> None:
         self._event(Frame("sealed", {**message.head, "rank": peer.rank}, message.payload))

@@ -30,7 +30,7 @@ _HEADER = struct.Struct("<2sHIQ")
 _MAX_HEAD = 64 << 20
 _MAX_PAYLOAD = 4 << 30
 _SMALL = 4096
-_MAX_FDS = 64
+_MAX_FDS = 250  # a little less than the kernel passes at once
 
 
 @dataclass(frozen=True)
