@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -44,9 +45,10 @@ def descriptors() -> int:
 
 @pytest.fixture(autouse=True)
 def no_descriptor_is_left() -> Iterator[None]:
+    gc.collect()  # what earlier tests dropped is not to go in the middle of this one
     before = descriptors()
     yield
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 class Pair:
