@@ -37,6 +37,7 @@ __all__ = ["Keeping", "Outcome", "Schedule", "Taken"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
+_ENDS = 8  # saves whose end is remembered for somebody who waits for it
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ class Keeping:
                 out = Outcome("stored", out.step, write=h["write"], commit=h["commit"], bytes=h["bytes"])
             with self._stored:
                 self._storing.discard(out.step)
+                for old in sorted(s for s in self._ends if s >= 0)[:-_ENDS]:
+                    del self._ends[old]
                 self._ends[out.step] = out
                 self._stored.notify_all()
             self._told(out)
