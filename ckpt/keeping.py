@@ -209,11 +209,13 @@ class Keeping:
         assert called is not None
         numbers = self._agree_on_slots(self._group)
         failure: bytes | Exception = b""
+        new: list[int] = []
         try:
             new = self._reserve(numbers)
             self._prepared = self._plans.prepare(state, called)
             self._begin_here(numbers, new, start)
         except Exception as e:
+            self._drop(new)
             failure = e
         self._group.round("begun", failure, lambda _: b"")
         self._epoch = self._wanted_epoch = 0
@@ -241,9 +243,20 @@ class Keeping:
         for number in [n for n in self.member.slots if n not in numbers]:
             self.member.slots.pop(number).close()
         new = [n for n in numbers if n not in self.member.slots]
-        for number in new:
-            self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
+        try:
+            for number in new:
+                self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
+        except BaseException:
+            self._drop(new)
+            raise
         return new
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Gives back slots that the keeper was not told of: it must know every slot that counts as there."""
+        for number in numbers:
+            slot = self.member.slots.pop(number, None)
+            if slot is not None:
+                slot.close()
 
     def _begin_here(self, numbers: Sequence[int], new: Sequence[int], start: int) -> None:
         s = self._schedule
