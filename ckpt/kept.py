@@ -198,11 +198,15 @@ class Kept:
                 return b"ranks"
 
         if self._group.round(f"store {step}", b"", decide) == b"keeper":
-            outcome = self._keeping.stored(step, deadline)
-            verdict = self._group.round(
-                f"stored {step}", b"" if outcome.error is None else outcome.kind.encode(), lambda all_: max(all_)
-            )
-            if not verdict:
+            outcome, told = None, b""
+            try:
+                outcome = self._keeping.stored(step, deadline)
+                told = b"" if outcome.error is None else outcome.kind.encode()
+            except DeadlineError as e:
+                log.error("ckpt: %s", e)
+                told = b"late"
+            verdict = self._group.round(f"stored {step}", told, lambda all_: max(all_))
+            if not verdict and outcome is not None:
                 return next((s for s in self._account.report.saves if s.step == step), self._report(outcome))
         request = Request(self._backend, step, self._account.generation, metrics, parse_codecs(self._schedule.codec))
         try:
