@@ -9,7 +9,6 @@ time holds staging memory; what that costs the first saves is warm-up.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import warnings
@@ -32,7 +31,7 @@ from benchmarks.harness import Rank
 from benchmarks.limits import Memcpy, WriteLimit, release
 
 __all__ = [
-    "BOTH", "DISK", "LIMIT", "MEMORY", "NOTHING", "OURS", "Pending", "Saver", "available", "grown", "make", "remarks",
+    "BOTH", "DISK", "LIMIT", "MEMORY", "NOTHING", "OURS", "Pending", "Saver", "grown", "make", "remarks",
     "savers", "unavailable",
 ]  # fmt: skip
 
@@ -321,17 +320,13 @@ REMARKS = {
 _NEEDS = {"torchsnapshot": "torchsnapshot", "torch-checkpointing": "torch_checkpointing"}
 
 
-def available() -> bool:
-    """Whether this version of the library takes snapshots in memory."""
-    return "memory" in inspect.signature(ckpt.Checkpointer.__init__).parameters
-
-
 def savers(storage: int = 1) -> dict[str, Maker]:
     """All contestants, in the order of the tables; a Checkpointer stores every `storage` steps."""
-    ours: dict[str, Maker] = {CKPT: Ckpt}
-    if available():
-        ours[MEMORY] = partial(Checkpointer, storage=None)
-        ours[BOTH] = partial(Checkpointer, storage=storage)
+    ours: dict[str, Maker] = {
+        CKPT: Ckpt,
+        MEMORY: partial(Checkpointer, storage=None),
+        BOTH: partial(Checkpointer, storage=storage),
+    }
     return {**ours, **PEERS}
 
 
