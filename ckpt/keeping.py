@@ -145,7 +145,7 @@ class Keeping:
                 if not late:
                     self._grants[step] = int(message["slot"])
             if late:
-                self._miss(step, f"was at step {self._at} when it heard of it")
+                self._miss(step, f"was at step {self._at} when it heard of it", late=True)
         elif message.kind == "replan":
             with self._lock:
                 dropped = list(self._grants)

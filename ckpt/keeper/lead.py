@@ -22,6 +22,8 @@ from ckpt.config import Every
 
 __all__ = ["Complete", "Decision", "Grant", "Lead", "Persist", "Replan", "Sealed", "State", "Stepped", "Void"]
 
+_MARGIN = 1024  # steps ahead at most: a loop of 0.1 ms a step needs some ten, more where processors are short
+
 Key = tuple[int, int]
 """(generation, step): the order in which snapshots were taken, also over a rollback."""
 
@@ -99,6 +101,7 @@ class _Slot:
     state: State = State.FREE
     key: Key = (0, -1)
     parts: dict[int, Sealed | str] = field(default_factory=dict)  # by rank: sealed, or why not
+    late: bool = False  # some rank heard of the grant when it had passed the step
     readers: set[str] = field(default_factory=set)
     retired: bool = False  # of an earlier life, of no use to this one but for what it holds
 
@@ -116,7 +119,7 @@ class Lead:
     epoch: int = 0
     at: int = -1  # the last step that any rank has passed
     granted: int = -1
-    margin: int = 1
+    margin: int = 1  # steps between the last one passed and the one that is granted
     persisting: Key | None = None
     persisted: Key = (-1, -1)
     stored_step: int = -1  # of this life: the step up to which storage is served
@@ -167,14 +170,15 @@ class Lead:
         self.at = max(self.at, event.step)
         return self._consider(event.now)
 
-    def seal(self, rank: int, step: int, part: Sealed | str, now: float) -> list[Decision]:
-        """A rank has sealed its part of a step, or (`part` says why) will not."""
+    def seal(self, rank: int, step: int, part: Sealed | str, now: float, *, late: bool = False) -> list[Decision]:
+        """A rank has sealed its part of a step, or (`part` says why) will not; `late`: the grant came too late for it."""
         found = self._granted(step)
         if found is None or rank >= self.world:
             return []
         self.at = max(self.at, step)
         number, slot = found
         slot.parts.setdefault(rank, part)
+        slot.late |= late
         return self._settle(number, slot) + self._consider(now)
 
     def leave(self, rank: int, why: str, now: float) -> list[Decision]:
@@ -277,7 +281,8 @@ class Lead:
         if missing:
             rank = min(missing)
             slot.state, slot.parts = State.FREE, {}
-            self.margin = 2
+            if slot.late:
+                self.margin = min(2 * self.margin, _MARGIN)
             self._release()
             return [Void(slot.key[1], f"rank {rank}: {missing[rank]}")]
         why = _disagreement(sealed)
@@ -288,7 +293,7 @@ class Lead:
             self._release()
             return [Void(slot.key[1], why), *self.replan()]
         slot.state, slot.parts = State.COMPLETE, {}
-        self.margin = 1
+        self.margin = max(1, self.margin - max(1, self.margin // 8))  # not at once back to what was too late before
         out: list[Decision] = [Complete(slot.key, number)]
         if self._owed(slot.key[1]):
             out += self._persist(number, slot)
@@ -340,6 +345,7 @@ class Lead:
         self.last_memory = now
         slot = self.slots[free]
         slot.state, slot.key, slot.parts = State.GRANTED, (self.generation, step), {}
+        slot.late = False
         return [Grant(step, free)]
 
     def _next(self, after: int, now: float) -> int | None:

@@ -119,7 +119,8 @@ class Seat:
         elif kind == "missed":
             if event.head.get("replan") == lead.epoch:
                 decisions = lead.replan()  # first, so that nothing is granted for the old plan
-            decisions += lead.seal(rank, int(event["step"]), str(event["why"]), now)
+            late = bool(event.head.get("late"))
+            decisions += lead.seal(rank, int(event["step"]), str(event["why"]), now, late=late)
         elif kind == "slots":
             lead.use([int(n) for n in event["slots"]])
         elif kind == "left":

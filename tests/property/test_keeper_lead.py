@@ -593,17 +593,50 @@ def test_a_rank_speaks_once_about_a_step() -> None:
 
 
 def test_a_late_rank_is_given_more_time() -> None:
-    """After a void the next grant is a step further ahead, until a step is complete again."""
+    """Twice as many steps ahead after each grant that came too late, fewer again as steps are complete."""
     lead = life(slots=1)
     lead.step(Stepped(5, 0.0))
-    assert lead.seal(0, 0, "late", 0.0) == [Void(0, "rank 0: late"), Grant(7, 0)]
+    assert lead.seal(0, 0, "late", 0.0, late=True) == [Void(0, "rank 0: late"), Grant(7, 0)]
     lead.step(Stepped(7, 0.0))
-    assert lead.seal(0, 7, "late", 0.0) == [Void(7, "rank 0: late"), Grant(9, 0)]
+    assert lead.seal(0, 7, "late", 0.0, late=True) == [Void(7, "rank 0: late"), Grant(11, 0)]
     lead.use([0, 1])
-    assert lead.step(Stepped(9, 0.0)) == [Grant(11, 1)]
-    assert lead.seal(0, 9, Sealed("p", {}), 0.0) == [Complete((1, 9), 0)]
-    lead.step(Stepped(11, 0.0))
-    assert lead.seal(0, 11, Sealed("p", {}), 0.0) == [Complete((1, 11), 1), Grant(12, 0)]
+    assert lead.step(Stepped(11, 0.0)) == [Grant(15, 1)]
+    assert lead.seal(0, 11, Sealed("p", {}), 0.0) == [Complete((1, 11), 0)]
+    lead.step(Stepped(15, 0.0))
+    assert lead.seal(0, 15, Sealed("p", {}), 0.0) == [Complete((1, 15), 1), Grant(17, 0)]
+
+
+def test_a_rank_that_fails_is_not_late() -> None:
+    lead = life(slots=1)
+    for step in range(5):
+        assert lead.step(Stepped(step, 0.0)) == []
+        assert lead.seal(0, step, "no", 0.0) == [Void(step, "rank 0: no"), Grant(step + 1, 0)]
+
+
+@pytest.mark.parametrize("delay", [1, 3, 10, 40])
+def test_loops_faster_than_messages_have_snapshots(delay: int) -> None:
+    """What is said either way is heard `delay` steps later."""
+    lead, steps = life(), 100 * delay
+    to_lead: dict[int, list[tuple[int, bool]]] = {}  # by when it is heard: (step, whether it is sealed)
+    to_rank: dict[int, list[int]] = {0: [0]}
+    granted: set[int] = set()
+    complete = 0
+    for now in range(steps):
+        for step in to_rank.pop(now, []):
+            if step < now:
+                to_lead.setdefault(now + delay, []).append((step, False))
+            else:
+                granted.add(step)
+        out: list[Decision] = []
+        for step, sealed in to_lead.pop(now, []):
+            out += lead.seal(0, step, Sealed("p", {}) if sealed else "late", 0.0, late=not sealed)
+        if now >= delay:
+            out += lead.step(Stepped(now - delay, 0.0))
+        if now in granted:
+            to_lead.setdefault(now + delay, []).append((now, True))
+        complete += len(kinds(out, Complete))
+        to_rank.setdefault(now + delay, []).extend(d.step for d in kinds(out, Grant))
+    assert complete >= steps / delay / 10
 
 
 def test_a_rank_that_dies_voids_what_it_has_not_sealed() -> None:
