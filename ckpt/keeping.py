@@ -24,6 +24,7 @@ from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import CodecRule
 from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
+from ckpt.outcomes import Outcome, Storing
 from ckpt.prepared import Prepared, Preparing
 from ckpt.roll import Called
 from ckpt.saving import content_digest
@@ -33,11 +34,11 @@ from ckpt.snapshot.fence import fence_here
 from ckpt.state import Leaves
 from ckpt.write import encode_report
 
-__all__ = ["Keeping", "Outcome", "Schedule", "Taken"]
+__all__ = ["Keeping", "Schedule", "Taken"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
-_ENDS = 8  # saves whose end is remembered for somebody who waits for it
+_MEETING = 20.0  # seconds in which the keepers of a job should have reached one another
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,6 @@ class Schedule:
         return any(
             e is not None and e.steps is not None and (step + 1) % e.steps == 0 for e in (self.memory, self.storage)
         )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step: kind "complete", "void", "stored" or "lost"; seconds and bytes of a save to storage."""
-
-    kind: str
-    step: int
-    why: str = ""
-    error: tuple[str, str] | None = None
-    write: float = 0.0
-    commit: float = 0.0
-    bytes: int = 0
 
 
 @dataclass
@@ -98,9 +86,7 @@ class Keeping:
         self._began = False
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
-        self._stored = threading.Condition()
-        self._ends: dict[int, Outcome] = {}  # of saves to storage, by step
-        self._storing: set[int] = set()
+        self._storing = Storing()
         self.member = Member(run, group.rank, self._heard, self._lost)
 
     # The keeper: found, lost, found again.
@@ -110,10 +96,7 @@ class Keeping:
         log.error("ckpt: %s; snapshots stop until there is one again, training goes on", error)
         with self._lock:
             self._grants.clear()
-        with self._stored:
-            self._storing.clear()
-            self._ends[-1] = Outcome("lost", -1, error=(error.kind, str(error)))
-            self._stored.notify_all()
+        self._storing.lose(error)
         self._told(Outcome("lost", self._at, str(error)))
         if self._began:
             self._lost_meanwhile(error)
@@ -128,8 +111,7 @@ class Keeping:
             if self.member.link.lost is None:
                 return
             self.member.attach_again()
-            with self._stored:
-                self._ends.pop(-1, None)
+            self._storing.found()
             self._begin_here(sorted(self.member.slots), [], self._at + 1)
             self._epoch = self._wanted_epoch = 0
             self._join()
@@ -161,25 +143,14 @@ class Keeping:
             if self._began:
                 self._planning.submit(self._join)
         elif message.kind == "storing":
-            with self._stored:
-                self._storing.add(int(message["step"]))
+            self._storing.begin(int(message["step"]))
         elif message.kind in ("complete", "void"):
             if message.head.get("storing"):
-                with self._stored:
-                    self._storing.add(int(message["step"]))
+                self._storing.begin(int(message["step"]))
             self._told(Outcome(message.kind, int(message["step"]), message.head.get("why", "")))
         elif message.kind == "stored":
-            h = message.head
-            error = (str(h["error"][0]), str(h["error"][1])) if "error" in h else None
-            out = Outcome("stored", int(message["step"]), error=error)
-            if error is None:
-                out = Outcome("stored", out.step, write=h["write"], commit=h["commit"], bytes=h["bytes"])
-            with self._stored:
-                self._storing.discard(out.step)
-                for old in sorted(s for s in self._ends if s >= 0)[:-_ENDS]:
-                    del self._ends[old]
-                self._ends[out.step] = out
-                self._stored.notify_all()
+            out = Outcome.stored(message.head)
+            self._storing.end(out)
             self._told(out)
 
     def _miss(self, step: int, why: str, **more: Any) -> None:
@@ -200,7 +171,7 @@ class Keeping:
         try:
             if self.member.link.lost is not None:
                 self.member.attach_again()
-                self._ends.pop(-1, None)
+                self._storing.found()
             called = self._plans.roll.call(state)
             leaves = called.leaves
         except Exception as e:
@@ -223,12 +194,20 @@ class Keeping:
             self._join()
         except Exception as e:
             failure = e
+        self._sync()
         self._group.round("joined", failure, lambda _: b"")
         self._began = True
+        self._sync()  # all ranks have joined: the first grant has come
+
+    def _sync(self) -> None:
+        """Waits, but not for long, until the seat has heard this rank, and this rank what the seat has to say."""
         try:
-            self.member.link.ask("sync", timeout=self.member.deadline)  # the first grant has come
+            self.member.link.ask("sync", timeout=min(_MEETING, self.member.deadline))
+        except DeadlineError as e:
+            log.error("ckpt: no snapshots yet: %s Is the host of rank 0 within reach of this one?", e)
         except CkptError as e:
-            self._lost_meanwhile(e)
+            if self._began:
+                self._lost_meanwhile(e)
 
     def _agree_on_slots(self, group: Group) -> list[int]:
         """The numbers of the slots of the plan: those that are large enough on all ranks, then new ones."""
@@ -379,23 +358,19 @@ class Keeping:
 
     def want(self, step: int) -> bool:
         """Asks for a step to be written to storage; False if memory does not hold it."""
-        self._ends.pop(step, None)
+        self._storing.forget(step)
         answer = self.member.link.ask("want", timeout=self.member.deadline, step=step)
         if answer["done"]:
-            self._ends[step] = Outcome("stored", step)
+            self._storing.end(Outcome("stored", step))
         return bool(answer["there"])
 
     def stored(self, step: int, timeout: float) -> Outcome:
         """Waits until a step that was asked for is in storage, or failed to get there."""
-        with self._stored:
-            if not self._stored.wait_for(lambda: step in self._ends or -1 in self._ends, timeout):
-                raise DeadlineError(f"step {step} is still being written to storage after {timeout:.0f} s")
-            return self._ends.get(step) or self._ends[-1]
+        return self._storing.wait(step, timeout)
 
     def quiet(self, timeout: float | None) -> bool:
         """Waits until nothing is being written to storage."""
-        with self._stored:
-            return self._stored.wait_for(lambda: not self._storing, timeout)
+        return self._storing.quiet(timeout)
 
     def flush(self) -> None:
         """Has the newest complete step written to storage; from a signal handler too."""

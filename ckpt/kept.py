@@ -18,7 +18,8 @@ from ckpt.config import settings
 from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.source import SnapshotBackend
-from ckpt.keeping import Keeping, Outcome, Schedule, Taken
+from ckpt.keeping import Keeping, Schedule, Taken
+from ckpt.outcomes import Outcome
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.upkeep import Account
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -153,8 +153,16 @@ def pack_report(layout: PackLayout, header: bytes, table: Bytes) -> PackReport:
     )
 
 
-def write_buffer(backend: Backend, path: str, pack: Bytes, threads: ThreadPoolExecutor, chunk: int) -> None:
-    """Writes a pack that is complete in memory durably, in chunks of `chunk` bytes (whole pages), in parallel.
+def write_buffer(
+    backend: Backend,
+    path: str,
+    pack: Bytes,
+    threads: ThreadPoolExecutor,
+    chunk: int,
+    check: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a pack that is complete in memory durably, in chunks of `chunk` bytes (whole pages), in parallel. Of each,
+    `check(start, end)` is called before it is written, and raises if the bytes are not what they should be.
 
     On any failure, of any thread, nothing is left and the error is raised.
     """
@@ -166,6 +174,8 @@ def write_buffer(backend: Backend, path: str, pack: Bytes, threads: ThreadPoolEx
         if failed.is_set():
             return
         try:
+            if check is not None:
+                check(at, at + chunk)
             upload.write(at, memoryview(pack)[at : at + chunk])
         except BaseException:
             failed.set()

@@ -18,8 +18,8 @@ from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step, step_folder
 from ckpt.config import Settings
-from ckpt.errors import CkptError
-from ckpt.format.codec import Codec, choose_codec
+from ckpt.errors import CkptError, IntegrityError
+from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.pack import Piece, TensorSpec
 from ckpt.leading import codec_column
@@ -174,12 +174,47 @@ def _write(
     if report is None:
         return None
     pieces = _pieces(held.plan, rank, codecs)
+    pack, intact = held.pack(rank), _Intact(held, rank)
     if any(p.codec for p in pieces):
-        pack = held.pack(rank)
+        intact.check(0, len(pack))
         ends = zip(report.offset.tolist(), report.length.tolist(), strict=True)
         return write_pack(backend, path, pieces, [Stored(pack[at : at + n]) for at, n in ends], ring())
-    write_buffer(backend, path, held.pack(rank), threads, config.buffer_mib << 20)
+    write_buffer(backend, path, pack, threads, config.buffer_mib << 20, intact.check)
     return report
+
+
+class _Intact:
+    """Whether a pack in memory is what its trainer sealed: what is not must never be committed."""
+
+    def __init__(self, held: Held, rank: int) -> None:
+        report, self._pack = held.parts[rank].report, held.pack(rank)
+        assert report is not None
+        self._where = f"the memory of rank {rank} at step {held.step}"
+        header, table = self._pack[: report.data_start], self._pack[report.table_offset :]
+        if crc32c(header) != report.header_crc or crc32c(table) != report.table_crc:
+            raise self._damaged("its header or block table")
+        length, counts = report.length.astype(np.int64), -(-report.length.astype(np.int64) // BLOCK)
+        nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of its fragment's blocks
+        start = np.repeat(report.offset.astype(np.int64), counts) + nth * BLOCK
+        end = np.minimum(start + BLOCK, np.repeat(report.offset.astype(np.int64) + length, counts))
+        row = np.repeat(report.block.astype(np.int64), counts) + nth
+        order = np.argsort(start, kind="stable")
+        self._start, self._end = start[order], end[order]
+        self._crc = table.view("<u4")[row[order]]
+
+    def check(self, start: int, end: int) -> None:
+        """Of the blocks that begin there. Raises IntegrityError."""
+        lo, hi = np.searchsorted(self._start, (start, end)).tolist()
+        blocks = zip(self._start[lo:hi].tolist(), self._end[lo:hi].tolist(), self._crc[lo:hi].tolist(), strict=True)
+        for first, last, crc in blocks:
+            if crc32c(self._pack[first:last]) != crc:
+                raise self._damaged(f"bytes {first} to {last}")
+
+    def _damaged(self, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._where} is damaged ({what}): it is not written to storage, and a restart takes an older step; have "
+            "the memory of this host tested"
+        )
 
 
 def _pieces(plan: Plan, rank: int, codecs: Sequence[tuple[str, Codec]]) -> list[Piece]:

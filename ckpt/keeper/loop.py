@@ -29,7 +29,8 @@ class Peer:
 
     role     "trainer" (this host's, by Unix socket), "stranger" (TCP, not authenticated yet), "caller" (authenticated)
              or "host" (another keeper of the job)
-    rank     of a trainer, once it has attached; `living`: it takes part in the life under way; `closed`: it said so
+    rank     of a trainer, once it has attached; `living`: it takes part in the life under way, with plan number `ready`;
+             `closed`: it said that it is done
     """
 
     link: Connection
@@ -39,6 +40,7 @@ class Peer:
     rank: int = -1
     host: str = ""
     living: bool = False
+    ready: int = -1
     closed: bool = False
     nonces: tuple[str, str] = ("", "")
 

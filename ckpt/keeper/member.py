@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from ckpt.snapshot.arena import Slot
 
 __all__ = ["Member"]
 
+log = logging.getLogger("ckpt")
 Key = tuple[int, int]
 _TRIES = 4
 
@@ -59,6 +61,8 @@ class Member:
         )  # fmt: skip
         self.link.in_use = True
         self.used = int(answer["used"])
+        for text in answer["untold"]:
+            log.error("ckpt: while no trainer was here, %s", text)
         self._host, self._known_secret = str(answer["host"]), str(answer["secret"])
         for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
             if number in self.slots:

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import socket
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,8 +30,9 @@ from ckpt.errors import CkptError, ConflictError, NotFoundError, to_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.holding import as_checkpoint, write_packs
 from ckpt.keeper.loop import Loop, Peer
-from ckpt.keeper.protocol import Frame, frame, greet
+from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
+from ckpt.keeper.uplink import Uplink
 from ckpt.keeper.vault import Vault
 from ckpt.write import Ring, encode_report
 
@@ -40,7 +40,6 @@ __all__ = ["Keeper"]
 
 log = logging.getLogger("ckpt.keeper")
 _START = 60.0  # seconds in which the first trainer has to come
-_RETRY = 1.0  # seconds between two attempts to reach the lead
 _RANGE = 16 << 20  # bytes that one answer may carry
 
 
@@ -55,12 +54,11 @@ class Keeper:
         self.seat = self._new_seat()
         self.life: Life | None = None
         self.host = config.host or socket.gethostname()
-        self.lead_host = self.host
-        self.addresses: dict[str, tuple[str, int]] = {}
-        self._lead: Peer | None = None  # the keeper that has the seat, if it is not this one
+        self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._ring: Ring | None = None
+        self._untold: deque[str] = deque(maxlen=8)  # what failed while no trainer was there to hear it
         self._granted: set[int] = set()  # slots that trainers may be writing to
         self._busy = 0
         self._ending = False
@@ -74,6 +72,7 @@ class Keeper:
         """Until the life cycle is over."""
         signal.signal(signal.SIGTERM, lambda *_: self.loop.later(self._terminate))
         self.loop.run(self._over)
+        self.uplink.close()
         self._storage.shutdown()
 
     def _over(self) -> bool:
@@ -109,8 +108,10 @@ class Keeper:
                 self._answer(peer, message, getattr(self, f"_on_{message.kind}", None))
             elif peer.role == "caller":
                 self._answer(peer, message, getattr(self, f"_call_{message.kind}", None))
-            elif peer is self._lead:
+            elif peer is self.uplink.peer:
                 self._obey(message)
+            elif message.kind == "sync":
+                self.loop.tell(peer, frame("synced", to=message["to"]))
             else:
                 self.seat.hear(message)
         except CkptError:
@@ -125,13 +126,6 @@ class Keeper:
         found = answer(peer, message)
         if found is not None:
             self.loop.tell(peer, Frame("answer", {**found.head, "id": message["id"]}, found.payload, found.fds))
-
-    def _event(self, event: Frame) -> None:
-        """Tells the seat."""
-        if self.lead_host == self.host:
-            self.seat.hear(event)
-        elif self._lead is not None:
-            self.loop.tell(self._lead, event)
 
     # Trainers.
 
@@ -149,7 +143,8 @@ class Keeper:
         self._until, self._ending = None, False
         self.vault.put(rank, message["bring"], message.fds, replace=False)  # if this keeper is new: its predecessor's
         faults.point("keeper attached")
-        own = self.vault.of(rank)
+        own, untold = self.vault.of(rank), list(self._untold)
+        self._untold.clear()
         slots = [[slot, m.size] for slot, m in own]
         return frame(
             "answer",
@@ -158,6 +153,7 @@ class Keeper:
             host=self.host,
             used=self.vault.slots,
             secret=self.loop.secret.hex(),
+            untold=untold,
         )
 
     def _on_listen(self, peer: Peer, message: Frame) -> Frame:
@@ -170,14 +166,11 @@ class Keeper:
 
     def _on_peers(self, peer: Peer, message: Frame) -> Frame:
         """The keepers of the job, by host: where they listen, which of them has the seat, what they have to know."""
-        self.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
+        self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
-        if message["lead"] != self.lead_host:
-            self.lead_host, self.seat = str(message["lead"]), self._new_seat()
-            if self._lead is not None:
-                self.loop.hang_up(self._lead)
-                self._lead = None
-        self._reach()
+        if self.uplink.lead(str(message["lead"])):
+            self.seat = self._new_seat()
+        self.uplink.reach()
         return frame("answer")
 
     def _on_begin(self, peer: Peer, message: Frame) -> Frame:
@@ -193,34 +186,35 @@ class Keeper:
             codecs = parse_codecs(message["codecs"])
             self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts)
             self._granted.clear()
-            if self.lead_host == self.host:
+            if self.uplink.here:
                 memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
                 self.seat.begin(self.life, memory, storage, slots, int(message["start"]))
         self.vault.put(peer.rank, message["new"], message.fds, replace=True)
-        peer.living = True
+        peer.living, peer.ready = True, -1
         if not first:
-            self._event(frame("slots", slots=slots))
+            self.uplink.tell(frame("slots", slots=slots))
         return frame("answer")
 
     def _on_plan(self, peer: Peer, message: Frame) -> None:
         self._order(frame("plan", message.payload, key=message["key"]))
 
     def _on_ready(self, peer: Peer, message: Frame) -> None:
-        self._event(frame("ready", rank=peer.rank, epoch=message["epoch"]))
+        peer.ready = int(message["epoch"])
+        self.uplink.tell(frame("ready", rank=peer.rank, epoch=peer.ready))
 
-    def _on_sync(self, peer: Peer, message: Frame) -> Frame:
-        """Everything that was said before has been heard."""
-        return frame("answer")
+    def _on_sync(self, peer: Peer, message: Frame) -> Frame | None:
+        """Answered when the seat has heard everything that was said before, and its orders until then have come."""
+        return frame("answer") if self.uplink.sync(peer.rank, int(message["id"])) else None
 
     def _on_at(self, peer: Peer, message: Frame) -> None:
         if peer.living:
-            self._event(frame("at", step=message["step"]))
+            self.uplink.tell(frame("at", step=message["step"]))
 
     def _on_sealed(self, peer: Peer, message: Frame) -> None:
-        self._event(Frame("sealed", {**message.head, "rank": peer.rank}, message.payload))
+        self.uplink.tell(Frame("sealed", {**message.head, "rank": peer.rank}, message.payload))
 
     def _on_missed(self, peer: Peer, message: Frame) -> None:
-        self._event(Frame("missed", {**message.head, "rank": peer.rank}))
+        self.uplink.tell(Frame("missed", {**message.head, "rank": peer.rank}))
 
     def _on_want(self, peer: Peer, message: Frame) -> Frame:
         there, done = self.seat.want(int(message["step"]))
@@ -231,22 +225,24 @@ class Keeper:
         held = self.vault.held.get((int(message["key"][0]), int(message["key"][1])))
         if held is None:
             return frame("answer", there=False)
-        self._event(frame("reading", rank=peer.rank, slot=held.slot))
+        self.uplink.tell(frame("reading", rank=peer.rank, slot=held.slot))
         commit, manifest = as_checkpoint(held)
         sizes = {r: part.report.size for r, part in held.parts.items() if part.report is not None}
         here = sorted(r for r in sizes if r in held.memory)
         packs = [[r, sizes[r]] for r in here]
-        away = [[r, sizes[r], *self.addresses.get(held.hosts[r], ("", 0))] for r in sizes if r not in held.memory]
+        away = [
+            [r, sizes[r], *self.uplink.addresses.get(held.hosts[r], ("", 0))] for r in sizes if r not in held.memory
+        ]
         return frame(
             "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
             cut=len(commit), packs=packs, away=away,
         )  # fmt: skip
 
     def _on_done(self, peer: Peer, message: Frame) -> None:
-        self._event(frame("done", rank=peer.rank, damaged=message["damaged"]))
+        self.uplink.tell(frame("done", rank=peer.rank, damaged=message["damaged"]))
 
     def _on_flush(self, peer: Peer, message: Frame) -> None:
-        self._event(frame("rescue", deserted=False))
+        self.uplink.tell(frame("rescue", deserted=False))
 
     def _on_close(self, peer: Peer, message: Frame) -> None:
         peer.closed = True
@@ -259,7 +255,7 @@ class Keeper:
         ]  # fmt: skip
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
         return frame(
-            "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.lead_host,
+            "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
             steps=steps, trainers=trainers, memory=self.vault.nbytes,
         )  # fmt: skip
 
@@ -269,19 +265,18 @@ class Keeper:
         self.vault.take_away(peer.rank, sorted(self._granted))
         self.loop.hang_up(peer)
         if peer.living:
-            self._event(frame("left", rank=peer.rank, why="its trainer was replaced"))
+            self.uplink.tell(frame("left", rank=peer.rank, why="its trainer was replaced"))
 
     def _gone(self, peer: Peer) -> None:
         """A connection has ended. The last trainer's decides what becomes of the job."""
-        if peer is self._lead:
-            log.error("lost the keeper of %s, which leads; no snapshots until it is back", self.lead_host)
-            self._lead = None
-            self.loop.after(_RETRY, self._reach)
+        if peer is self.uplink.peer:
+            log.error("lost the keeper of %s, which leads; no snapshots until it is back", self.uplink.lead_host)
+            self.uplink.lost()
         elif peer.role == "host":
             self.seat.host_gone(peer.host)
         elif peer.role == "trainer":
             if peer.living:
-                self._event(frame("left", rank=peer.rank, why="its trainer is gone"))
+                self.uplink.tell(frame("left", rank=peer.rank, why="its trainer is gone"))
             if peer.rank >= 0 and not any(p.rank >= 0 for p in self.loop.peers):
                 self._deserted(peer.closed)
 
@@ -292,11 +287,11 @@ class Keeper:
         self._until = self.clock() + self.grace
         self.loop.after(self.grace, lambda: None)
         faults.point("keeper orphaned")
-        self._event(frame("rescue", deserted=True))
+        self.uplink.tell(frame("rescue", deserted=True))
 
     def _terminate(self) -> None:
         """SIGTERM: whatever else happens, the newest complete step is to reach storage."""
-        self._event(frame("rescue", deserted=False))
+        self.uplink.tell(frame("rescue", deserted=False))
         if not any(p.living for p in self.loop.peers):
             self._ending = True
 
@@ -323,10 +318,16 @@ class Keeper:
             self._granted.discard(int(order["slot"]))
             faults.point("keeper complete")
             self._tell_trainers(frame("complete", step=order["key"][1], storing=order["storing"]))
+        elif kind == "synced":
+            self.uplink.synced(order)
         else:
             if kind == "grant":
                 self._granted.add(int(order["slot"]))
+            if kind == "stored" and "error" in order.head and not any(p.living for p in self.loop.peers):
+                self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
             self._tell_trainers(order)
+            if kind == "rejoin":  # what was said while there was no seat was not heard
+                self.uplink.rejoin(int(order["epoch"]))
 
     def _tell_trainers(self, message: Frame) -> None:
         for peer in [p for p in self.loop.peers if p.living]:
@@ -345,11 +346,11 @@ class Keeper:
         def wrote(found: Any) -> None:
             told: dict[str, Any] = {"key": list(key), "attempt": attempt, "host": self.host}
             if isinstance(found, Exception):
-                self._event(frame("wrote", error=to_wire(found), **told))
+                self.uplink.tell(frame("wrote", error=to_wire(found), **told))
                 return
             reports = {rank: encode_report(report) for rank, report in found.items()}
             ranks = [[rank, len(text)] for rank, text in reports.items()]
-            self._event(frame("wrote", b"".join(reports.values()), ranks=ranks, **told))
+            self.uplink.tell(frame("wrote", b"".join(reports.values()), ranks=ranks, **told))
 
         self._work(write, wrote)
 
@@ -358,33 +359,6 @@ class Keeper:
         return self._ring
 
     # Other hosts.
-
-    def _reach(self) -> None:
-        """Connects to the keeper that has the seat, in a thread, again and again until it is there."""
-        if self._lead is not None or self.lead_host == self.host or self._ending:
-            return
-        address, secret, found = self.addresses[self.lead_host], self.loop.secret, queue.SimpleQueue[Any]()
-
-        def connect() -> None:
-            try:
-                found.put(greet(address, secret, 5.0))
-            except CkptError as e:
-                found.put(e)
-            self.loop.later(connected)
-
-        def connected() -> None:
-            answer = found.get()
-            if isinstance(answer, CkptError):
-                self.loop.after(_RETRY, self._reach)
-                return
-            sock, link = answer
-            if self._lead is not None or self.lead_host == self.host:
-                link.close()
-                return
-            self._lead = self.loop.add(sock, link, "lead")
-            self.loop.tell(self._lead, frame("host", host=self.host))
-
-        threading.Thread(target=connect, daemon=True).start()
 
     def _call_host(self, peer: Peer, message: Frame) -> None:
         """An authenticated caller is the keeper of another host."""

@@ -22,7 +22,7 @@ from ckpt.backends import Backend
 from ckpt.catalog import drop_attempt
 from ckpt.commit import claim_attempt, step_folder
 from ckpt.config import Every
-from ckpt.errors import CkptError, ConflictError, PeerError, to_wire
+from ckpt.errors import CkptError, ConflictError, IntegrityError, PeerError, to_wire
 from ckpt.format.codec import Codec
 from ckpt.keeper.holding import Held, commit_held
 from ckpt.keeper.lead import Complete, Decision, Grant, Key, Lead, Persist, Replan, Sealed, Stepped, Void
@@ -266,6 +266,8 @@ class Seat:
             told["error"] = to_wire(error)
             if save.attempt and not save.written:
                 self._drop_attempt(save, error)
+            if isinstance(error, IntegrityError):
+                lead.damaged(key)
         self.order(frame("stored", **told))
         done = error is None or isinstance(error, ConflictError)
         self._decided(lead.persist_ended(key, done, now))

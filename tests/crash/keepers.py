@@ -15,6 +15,7 @@ import re
 import resource
 import select
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -34,6 +35,7 @@ import ckpt
 from ckpt import faults
 from ckpt.config import settings
 from ckpt.keeper.link import keeper_name
+from ckpt.keeper.protocol import Connection, frame, receive, send
 from ckpt.snapshot import arena
 
 WAIT = 60.0
@@ -508,6 +510,15 @@ def bound(run: str) -> bool:
     """Whether somebody listens under the name of a run's keeper."""
     rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
     return any(row[-1] == "@" + _name(run) for row in rows)
+
+
+def held_steps(run: str) -> list[int]:
+    """The steps that the keeper of a run says it holds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(WAIT)
+        sock.connect(f"\0{keeper_name(run, settings().job, settings().host)}")
+        send(sock, frame("look", id=1))
+        return [int(s["step"]) for s in receive(sock, Connection(sock))["steps"]]
 
 
 def slots_of(pid: int) -> list[str]:

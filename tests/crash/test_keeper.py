@@ -14,7 +14,7 @@ from typing import Any
 import keepers
 import pytest
 from forks import Fresh
-from keepers import Died, Raised, Trainer, check_stored, goes_on, nothing_left, scene, seen, together, until
+from keepers import Died, Raised, Trainer, check_stored, goes_on, held_steps, nothing_left, scene, seen, together, until
 from kills import check_listing
 
 NEVER = 1000
@@ -417,14 +417,19 @@ def _damaged_memory(folder: str, stored: bool) -> None:
         if not stored:
             _flip(run)
         t.kill()
-        until(lambda: os.path.exists(f"{run}/step-{sealed:08d}.g0001/commit.json"), "the rescue")
+        rescued = f"{run}/step-{sealed:08d}.g0001/commit.json"
         if stored:
+            until(lambda: os.path.exists(rescued), "the rescue")
             _flip(run)
+        else:
+            until(lambda: not held_steps(run), "the keeper finds the damage")
         t = Trainer(run, storage=4)
         start, source = t("restore")
         expected = (sealed if stored else older, "storage")
         assert (start - 1, source) == expected, (start - 1, source, expected)
-        said = [text for text in t("logged") if "cannot be used, falling back" in text and text.startswith("ERROR")]
+        assert stored or not os.path.exists(rescued)
+        what = "cannot be used, falling back" if stored else "is damaged"
+        said = [text for text in t("logged") if what in text and text.startswith("ERROR")]
         assert said and "memory" in said[0], t("logged")
         t("seal", 2)
         last = t("train", 1)

@@ -51,8 +51,9 @@ def _checkpointer(run: str, state: dict[str, Any], **more: Any) -> ckpt.Checkpoi
 def _granted(cp: ckpt.Checkpointer, step: int) -> None:
     """Steps as short as these would be over before a grant has reached all ranks."""
     keeping, until = cp._kept._keeping, time.monotonic() + WAIT
-    if not cp._kept._began:  # the first step would begin it, and might be over before all hosts are heard
+    if not cp._kept._began:
         cp._kept.begin(cp._state, step)
+        assert step in keeping._grants, "the first step of a life was not granted"
     while step not in keeping._grants:
         assert time.monotonic() < until, f"step {step} was not granted"
         time.sleep(0.001)
