@@ -30,6 +30,7 @@ from ckpt.roll import Called
 from ckpt.saving import content_digest
 from ckpt.snapshot.arena import Slot
 from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.device import begin_copies, pin
 from ckpt.snapshot.fence import fence_here
 from ckpt.state import Leaves
 from ckpt.write import encode_report
@@ -224,7 +225,8 @@ class Keeping:
         new = [n for n in numbers if n not in self.member.slots]
         try:
             for number in new:
-                self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
+                slot = self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
+                pin(slot.buffer)
         except BaseException:
             self._drop(new)
             raise
@@ -293,6 +295,7 @@ class Keeping:
             self._miss(step, "its leaves changed", replan=self._epoch)
             return "the leaves of the state changed"
         prepared.refresh(called)
+        begin_copies()
         copies = {name: content_digest(held) for name, held, waits in prepared.hashed if not waits}
         later = [(name, held) for name, held, waits in prepared.hashed if waits]
 

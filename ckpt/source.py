@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ckpt.format.fragment import Box, contiguous_span, flat_boxes, whole
+from ckpt.snapshot.device import device_of
 
 __all__ = ["TensorSource", "source_of"]
 
@@ -19,10 +20,11 @@ class TensorSource:
     """The bytes of one fragment, read from the tensor that holds it: `view` has the fragment's shape."""
 
     def __init__(self, view: torch.Tensor) -> None:
-        self._view = view
+        self._view, self._device = view, device_of(view)
+        self._device.begin()
         self.nbytes = view.numel() * view.element_size()
         self.flat: Bytes | None = None  # the bytes themselves, where they lie in one piece
-        if view.is_contiguous() and view.device.type == "cpu" and self.nbytes:
+        if self._device.mapped and view.is_contiguous() and self.nbytes:
             memory = (ctypes.c_ubyte * self.nbytes).from_address(view.data_ptr())
             self.flat = np.frombuffer(memory, dtype=np.uint8)
 
@@ -35,8 +37,7 @@ class TensorSource:
         at = 0
         for box in flat_boxes(tuple(self._view.shape), start // size, (start + len(out)) // size):
             n = box.numel * size
-            target = torch.frombuffer(out[at : at + n], dtype=self._view.dtype).view(box.shape)
-            target.copy_(self._view[box.slices])
+            self._device.read(self._view[box.slices], out[at : at + n])
             at += n
 
 

@@ -30,6 +30,7 @@ from ckpt.keeper.protocol import Connection, Frame, frame, receive, send
 from ckpt.keeping import Keeping, Schedule, Taken
 from ckpt.prepared import Prepared, Preparing
 from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.device import Device, Host, Timed, pretend
 from ckpt.snapshot.fence import Fence, fence_here
 from ckpt.state import collect
 
@@ -186,12 +187,13 @@ def packed(snapshot: Snapshot) -> dict[str, str]:
     holds=st.lists(st.floats(0, 1), min_size=1, max_size=3),
     early=st.booleans(),
     checked=st.booleans(),
+    device=st.sampled_from([Host(), Timed(1000.0)]),
 )
-def test_any_interleaving(optimizer: str, holds: list[float], early: bool, checked: bool) -> None:
+def test_any_interleaving(optimizer: str, holds: list[float], early: bool, checked: bool, device: Device) -> None:
     """A step comes while some chunk is copied, or (`early`) before the copy has begun to wait."""
     job = Job(optimizer)
-    copying = Copying(job)
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, pretend(device):
+        copying = Copying(job)
         waiting = tell_of_waits(monkeypatch)
         try:
             for where in holds:
@@ -304,7 +306,16 @@ class Played:
 
     def _serve(self) -> None:
         connection = Connection(self._sock)
-        empty = {"steps": [], "slots": [], "host": "here", "used": 0, "secret": "", "there": False, "done": False}
+        empty = {
+            "steps": [],
+            "slots": [],
+            "host": "here",
+            "used": 0,
+            "secret": "",
+            "there": False,
+            "done": False,
+            "untold": [],
+        }
         try:
             while True:
                 message = receive(self._sock, connection)
