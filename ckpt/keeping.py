@@ -20,7 +20,7 @@ from ckpt import faults
 from ckpt.background import pace
 from ckpt.collective import Group
 from ckpt.config import Every, Settings, settings
-from ckpt.errors import CkptError, DeadlineError
+from ckpt.errors import CkptError, DeadlineError, UsageError
 from ckpt.format.codec import CodecRule
 from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
@@ -288,7 +288,7 @@ class Keeping:
 
     def _take(self, state: Any, step: int, slot: int, metrics: Mapping[str, float]) -> Taken | str:
         began = time.monotonic()
-        called = self._plans.roll.call(state)
+        called = self._plans.roll.call(state, later=True)
         prepared = self._prepared
         if called.whole or prepared is None:
             self._prepared = None  # of the old leaves: not one more snapshot is made of them
@@ -299,13 +299,15 @@ class Keeping:
         copies = {name: content_digest(held) for name, held, waits in prepared.hashed if not waits}
         later = [(name, held) for name, held, waits in prepared.hashed if waits]
 
-        def hash_rest() -> None:
+        def before_changes() -> None:
+            if called.confirm is not None and not called.confirm():
+                raise UsageError("tensors of an optimizer were replaced since the last step")
             copies.update((name, content_digest(held)) for name, held in later)
 
         config = settings()
         snapshot = Snapshot(
             prepared.work.layout, prepared.sources, prepared.lazy, self.member.slots[slot].buffer,
-            checked=config.check_copies, and_then=hash_rest if later else None,
+            checked=config.check_copies, and_then=before_changes if later or called.confirm else None,
         )  # fmt: skip
         objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
         faults.point("trainer copied eagerly")

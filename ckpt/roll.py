@@ -7,7 +7,9 @@ collected anew each time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +22,21 @@ from ckpt.state import Leaves, collect, collect_groups, collect_value, owners_of
 __all__ = ["Called", "Roll"]
 
 
+_WARY = 64  # calls that look at everything at once, after one that learned too late that something had changed
+
+
 @dataclass(frozen=True)
 class Called:
     """Leaves, and how they differ from those of the call before: all of them may (`whole`), or those named in `fresh`,
-    which are other tensors of the same kind, shape and placement."""
+    which are other tensors of the same kind, shape and placement.
+
+    `confirm`, if there is one, says whether all this is so: to be called before an optimizer may take its next step.
+    """
 
     leaves: Leaves
     whole: bool
     fresh: frozenset[str] = frozenset()
+    confirm: Callable[[], bool] | None = None
 
 
 class Roll:
@@ -37,29 +46,57 @@ class Roll:
         self._leaves: Leaves | None = None
         self._owners: Owners = {}
         self._seen: list[Any] = []
+        self._deep: list[Any] = []  # of the optimizers
         self._kept: list[Any] = []  # so that no identity is given to another object
+        self._owned: frozenset[int] = frozenset()
         self._changing: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
+        self._steady = False  # the optimizers' state is tensors alone
+        self._wary = 0
 
-    def call(self, state: Any) -> Called:
-        """The leaves of the state now. Raises what `ckpt.state.collect` does."""
+    def call(self, state: Any, *, later: bool = False) -> Called:
+        """The leaves of the state now. Raises what `ckpt.state.collect` does.
+
+        `later`: what only an optimizer's own step changes need not be looked at before `confirm`; most tensors are of
+        that kind. One that was replaced meanwhile is found then, and the next calls look at everything at once.
+        """
         parts = [(name, value, policy) for name, value, policy, _ in walk(state)]
-        kept: list[Any] = []
-        seen: list[Any] = []
-        for name, value, _ in parts:
-            seen.append(name)
-            _marks(value, seen, kept)
-        known = self._leaves
+        optimizers = [value for _, value, _ in parts if isinstance(value, torch.optim.Optimizer)]
+        known, seen = self._leaves, _seen(parts, self._owned)
         if known is not None and seen == self._seen and None not in seen:
-            again = self._again(known, parts)
-            if again is not None:
-                self._leaves = again.leaves
-                return again
+            waits = later and self._steady and not self._wary
+            if waits or self._still(optimizers):
+                again = self._again(known, parts)
+                if again is not None:
+                    self._wary = max(0, self._wary - 1)
+                    self._leaves = again.leaves
+                    return replace(again, confirm=lambda: self._confirm(optimizers)) if waits else again
+        return self._whole(state, parts, optimizers)
+
+    def _whole(self, state: Any, parts: list[tuple[str, Any, str]], optimizers: list[Any]) -> Called:
+        """Walks over everything."""
+        known = self._leaves
         self._leaves, self._owners = collect(state), owners_of(state)
-        self._seen, self._kept = seen, kept
+        self._owned = frozenset(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+        self._kept = []
+        self._seen, self._deep = _seen(parts, self._owned, self._kept), _deep(optimizers, self._kept)
+        states = [value for o in optimizers for state_of in o.state.values() for value in state_of.values()]
+        self._steady = bool(states) and None not in self._deep and all(isinstance(v, torch.Tensor) for v in states)
         self._changing = _names(self._anew(parts))
         if known is not None and _alike(known, self._leaves):
             return Called(self._leaves, False, frozenset(self._leaves.tensors))
         return Called(self._leaves, whole=True)
+
+    def _still(self, optimizers: list[Any]) -> bool:
+        """Whether the optimizers hold what they did."""
+        deep = _deep(optimizers)
+        return deep == self._deep and None not in deep
+
+    def _confirm(self, optimizers: list[Any]) -> bool:
+        with suppress(RuntimeError):  # changed while it is looked at
+            if self._still(optimizers):
+                return True
+        self._wary = _WARY
+        return False
 
     def _anew(self, parts: list[tuple[str, Any, str]]) -> Leaves:
         """What changes from step to step."""
@@ -99,56 +136,84 @@ def _kind(held: Held) -> tuple[object, ...]:
     return held.dtype, held.shape, held.kind, held.scope, held.replica, [b for b, _ in held.pieces]
 
 
-def _marks(value: Any, seen: list[Any], kept: list[Any]) -> None:
-    """Adds to `seen` what identifies the tensors of a part and where they are; None if that cannot be told."""
-    if isinstance(value, nn.Module):
-        stack = [value]
-        while stack:
-            module = stack.pop()
-            if "_handle" in module.__dict__ or type(module).get_extra_state is not nn.Module.get_extra_state:
-                seen.append(None)  # FSDP1 moves its flat parameter about; extra state may be anything
-            for tensors in (module._parameters, module._buffers):
-                for key, tensor in tensors.items():
-                    seen.append(key)
-                    _mark(tensor, seen, kept)
-            if module._non_persistent_buffers_set:
-                seen.append(frozenset(module._non_persistent_buffers_set))
-            for key, child in module._modules.items():
-                seen.append(key)
-                if child is not None:
-                    stack.append(child)
-            seen.append("")
-    elif isinstance(value, torch.optim.Optimizer):
-        states = value.state
-        for group in value.param_groups:
-            seen.append(tuple(group))
+def _seen(parts: list[tuple[str, Any, str]], owned: frozenset[int], kept: list[Any] | None = None) -> list[Any]:
+    """What identifies the tensors of a state and where they are; None in it if that cannot be told. Of the tensors
+    that an optimizer owns, only which they are: `_deep` has the rest. What it names goes into `kept`."""
+    seen: list[Any] = []
+    for name, value, _ in parts:
+        seen.append(name)
+        if isinstance(value, nn.Module):
+            _see_module(value, seen, owned, kept)
+        elif isinstance(value, torch.optim.Optimizer):
+            seen.append(id(value))
+            for group in value.param_groups:
+                seen.append(tuple(group))
+                seen += map(id, group["params"])
+            if kept is not None:
+                kept.append(value)
+        elif is_tensor(value):
+            _mark(value, seen, kept)
+        else:
+            seen.append("value")
+    return seen
+
+
+def _see_module(root: nn.Module, seen: list[Any], owned: frozenset[int], kept: list[Any] | None) -> None:
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        if "_handle" in module.__dict__ or type(module).get_extra_state is not nn.Module.get_extra_state:
+            seen.append(None)  # FSDP1 moves its flat parameter about; extra state may be anything
+        for key, p in module._parameters.items():
+            seen.append(key)
+            if id(p) in owned:
+                seen.append(id(p))
+            else:
+                _mark(p, seen, kept)
+        for key, buffer in module._buffers.items():
+            seen.append(key)
+            _mark(buffer, seen, kept)
+        if module._non_persistent_buffers_set:
+            seen.append(frozenset(module._non_persistent_buffers_set))
+        for key, child in module._modules.items():
+            seen.append(key)
+            if child is not None:
+                stack.append(child)
+        seen.append("")
+
+
+def _deep(optimizers: list[Any], kept: list[Any] | None = None) -> list[Any]:
+    """The like of what optimizers own: parameters and the state that they have of them."""
+    seen: list[Any] = []
+    for optimizer in optimizers:
+        states = optimizer.state
+        for group in optimizer.param_groups:
             for p in group["params"]:
                 _mark(p, seen, kept)
                 for key, part in states.get(p, _NOTHING).items():
                     seen.append(key)
                     _mark(part, seen, kept)
-    elif is_tensor(value):
-        _mark(value, seen, kept)
-    else:
-        seen.append("value")
+    return seen
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 _NOTHING: dict[str, Any] = {}
 
 
-def _mark(value: Any, seen: list[Any], kept: list[Any]) -> None:
+def _mark(value: Any, seen: list[Any], kept: list[Any] | None) -> None:
     kind = type(value)
     if kind in (Shard, ByLayout):
         seen.append(id(value))
-        kept.append(value)
+        if kept is not None:
+            kept.append(value)
         value = value.tensor
         kind = type(value)
     local = value if kind in _PLAIN else getattr(value, "_local_tensor", value)
     if isinstance(local, torch.Tensor):
         try:
             seen += id(value), local.data_ptr(), local.shape, local.stride(), local.dtype
-            kept.append(value)
+            if kept is not None:
+                kept.append(value)
         except RuntimeError:  # a subclass without storage of its own
             seen.append(None)
     else:

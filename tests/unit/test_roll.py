@@ -202,7 +202,8 @@ class Job:
         self.state = dict(pick.sample(list(self.state.items()), len(self.state)))
 
     def swap_models(self, pick: random.Random) -> None:
-        self.state["model"], self.state["other"] = self.state["other"], self.state["model"]
+        if "other" in self.state:
+            self.state["model"], self.state["other"] = self.state["other"], self.state["model"]
 
     def lose_the_model(self, pick: random.Random) -> None:
         """Without it the optimizer's parameters have no names: an error, until it is back."""
@@ -308,6 +309,50 @@ def test_values_alone_never_take_a_whole_walk(sequence: list[Act], steps: int) -
         check(called, job.state, before)
         assert not called.whole and called.fresh == names
         before = called.leaves
+
+
+@CHECK
+@given(acts(Job.changes + Job.rebuilds), st.booleans())
+def test_what_is_not_looked_at_now_is_confirmed_later(sequence: list[Act], trained: bool) -> None:
+    """What was confirmed is what a walk over everything gives; what was not is right at the next call."""
+    job, roll = Job(), Roll()
+    if trained:
+        job.gradients()
+        for name in ("adam", "sgd"):
+            job.state[name].step()
+    before: Leaves | None = None
+    for act, seed, look in [*sequence, (Job.draw, 0, True)]:
+        act(job, random.Random(seed))
+        if not look:
+            continue
+        try:
+            called = roll.call(job.state, later=True)
+            if called.confirm is not None and not called.confirm():
+                before = called.leaves
+                called = roll.call(job.state, later=True)
+                assert called.confirm is None
+        except UsageError:
+            with pytest.raises(UsageError):
+                collect(job.state)
+            continue
+        check(called, job.state, before)
+        before = called.leaves
+
+
+def test_training_is_confirmed_and_replaced_tensors_are_not() -> None:
+    job, roll = Job(), Roll()
+    for name in ("adam", "sgd"):
+        job.gradients()
+        job.state[name].step()
+    roll.call(job.state)
+    for _ in range(3):
+        job.state["adam"].step()
+        called = roll.call(job.state, later=True)
+        assert called.confirm is not None and called.confirm()
+    job.swap_data(random.Random(0))
+    called = roll.call(job.state, later=True)
+    assert called.confirm is not None and not called.confirm()
+    assert roll.call(job.state, later=True).confirm is None  # and for a while
 
 
 def walked(state: Any, *changes: Callable[[], Any]) -> list[bool]:
