@@ -393,15 +393,15 @@ class Trainer:
             threads.submit(lambda: None).result(WAIT)
         self.hears()
 
-    def sealed(self, n: int) -> float:
-        """The value of the one tensor in the pack that was sealed for a step."""
+    def sealed(self, n: int, tensor: str = "model.w") -> float:
+        """The value of a tensor in the pack that was sealed for a step."""
         self.keeper.wait("sealed", step=n)
         data = self.keeping.member.slots[n % 2].buffer
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         head = json.loads(data[8:start].tobytes())
         missing = [name for name in self.model.state_dict() if f"model.{name}" not in head]
         assert not missing, f"{missing} were not saved"
-        lo, hi = head["model.w"]["data_offsets"]
+        lo, hi = head[tensor]["data_offsets"]
         return float(data[start + lo : start + hi].view("<f4")[0])
 
     def close(self) -> None:
@@ -464,6 +464,25 @@ def test_another_tensor_of_the_same_kind_needs_no_new_plan(trainer: Trainer) -> 
         trainer.model.w = nn.Parameter(torch.zeros(4))
         if isinstance(trainer.step(n), Taken):
             assert trainer.sealed(n) == n
+
+
+def test_a_moment_that_was_replaced_is_never_sealed_as_the_old_one(trainer: Trainer) -> None:
+    """That is found beside training: the step is missed, and the next one is right."""
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0, momentum=0.9)
+    trainer.model.w.grad = torch.ones(4)
+    optimizer.step()
+    trainer.state["optimizer"] = optimizer  # type: ignore[assignment]
+    trainer.keeping.begin(trainer.state, 2, 0)
+    trainer.grant(0, 1, 2, 3)
+    assert isinstance(trainer.step(0), Taken)
+    assert trainer.sealed(0, "optimizer.state.w.momentum_buffer") == 1.0
+    optimizer.state[trainer.model.w]["momentum_buffer"] = torch.full((4,), 7.0)
+    assert isinstance(trainer.step(1), Taken)
+    trainer.keeper.wait("missed", step=1)
+    assert trainer.keeper.answers(1) == ["missed"]
+    for n in (2, 3):
+        assert isinstance(trainer.step(n), Taken)
+        assert trainer.sealed(n) == n and trainer.sealed(n, "optimizer.state.w.momentum_buffer") == 7.0
 
 
 @given(
