@@ -27,6 +27,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -84,6 +85,8 @@ class Writer(StorageWriter):
         self._attempts = Attempts()
         self._local: SavePlan | None = None
         self._save: _Save | None = None
+        self._stager: DefaultStager | None = None
+        self._unwritten = 0  # saves that were staged, and not written by this process
         self._point(url, step)
 
     def _point(self, url: str | os.PathLike[str], step: int | None) -> None:
@@ -118,6 +121,25 @@ class Writer(StorageWriter):
         self._local, self._save = None, None
         if checkpoint_id is not None:
             self._point(checkpoint_id, None)
+
+    # dcp.async_save asks a writer that has these to stage for it.
+
+    _synchronize_after_execute = True
+    should_synchronize_after_execute = True
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """A copy of the state in memory that is kept from save to save: new memory costs several times the copy."""
+        if self._stager is None or self._unwritten:  # what another save has staged must stay as it is
+            self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._unwritten += 1
+        return self._stager.stage(state_dict)
+
+    def synchronize_staging(self) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._stager = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
@@ -157,6 +179,7 @@ class Writer(StorageWriter):
         backend = backend_for(told.run.rstrip("/") or "/", direct=settings().direct)
         path = f"{told.folder}/{told.attempt}/rank-{told.rank:05d}.safetensors"
         size, message = write_local(backend, path, plan, self._local, planner, told.world)
+        self._unwritten = max(0, self._unwritten - 1)
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(MetadataIndex(path), size, message)])
         return done

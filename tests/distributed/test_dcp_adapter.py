@@ -393,6 +393,26 @@ def test_async_save_keeps_what_was_there(tmp_path: Path) -> None:
     assert (target["x"] == 0).all() and target["n"] == 1
 
 
+def test_async_saves_stage_into_the_same_memory_unless_it_is_in_use(tmp_path: Path) -> None:
+    state = {"x": torch.zeros(300_000)}
+    writer, staged = Writer(tmp_path / "run"), []
+    futures = []
+    for step in range(6):
+        writer.step = step
+        state["x"].fill_(step)
+        staged.append(writer.stage(state)["x"])
+        if step % 3 < 2:  # else the next one begins while this one is being written
+            dcp.save({"x": staged[-1]}, storage_writer=writer)
+            futures.append(step)
+    where = [t.data_ptr() for t in staged]
+    assert where[0] == where[1] == where[2] and len({where[2], where[3], where[4]}) == 3
+    assert [float(t[0]) for t in staged[3:]] == [3, 4, 5]  # not one was written over while it was not written
+    for step in futures:
+        target = {"x": torch.ones(300_000)}
+        dcp.load(target, storage_reader=Reader(f"{tmp_path}/run@{step}"))
+        assert (target["x"] == step).all()
+
+
 # Several.
 
 
