@@ -18,7 +18,7 @@ from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
 from ckpt.commit import Commit, commit_step, step_folder
 from ckpt.config import Settings
-from ckpt.errors import CkptError, IntegrityError
+from ckpt.errors import CapacityError, CkptError, IntegrityError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.pack import Piece, TensorSpec
@@ -55,7 +55,13 @@ class Memory:
     def buffer(self) -> Bytes:
         """All of it; mapped when it is first asked for."""
         if self._map is None:
-            self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+            try:
+                self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+            except OSError as e:
+                raise CapacityError(
+                    f"the keeper cannot map {self.size >> 20} MiB of memory that it holds ({e.strerror}); raise its limits, "
+                    "as ulimit -v"
+                ) from e
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def close(self) -> None:
@@ -131,11 +137,16 @@ def write_packs(
 ) -> dict[int, PackReport | None]:
     """The packs of this host's ranks: slots -> storage. On failure nothing of the pack under way is left."""
     out = {}
-    with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:
-        for rank in sorted(held.memory):
-            faults.point("keeper write")
-            path = f"{held.folder}/{attempt}/rank-{rank:05d}.safetensors"
-            out[rank] = _write(backend, path, held, rank, codecs, config, ring, threads)
+    try:
+        with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:
+            for rank in sorted(held.memory):
+                faults.point("keeper write")
+                path = f"{held.folder}/{attempt}/rank-{rank:05d}.safetensors"
+                out[rank] = _write(backend, path, held, rank, codecs, config, ring, threads)
+    except (MemoryError, RuntimeError) as e:
+        raise CapacityError(
+            f"the keeper has no memory to write with ({e}); raise its limits, as ulimit -v or -u"
+        ) from e
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import hmac
 import itertools
+import logging
 import os
 import queue
 import selectors
@@ -19,6 +20,7 @@ from ckpt.keeper.protocol import Connection, Frame, frame, own_peer, proof
 
 __all__ = ["Loop", "Peer"]
 
+log = logging.getLogger("ckpt.keeper")
 _GREETING = 5.0  # seconds in which a stranger has to prove himself
 _STRANGERS = 64  # at once; more are not let in
 
@@ -97,12 +99,19 @@ class Loop:
                 elif key.data in self.peers:
                     self._serve(key.data, mask)
             while self._timers and self._timers[0][0] <= self.clock():
-                heapq.heappop(self._timers)[2]()
+                self._do(heapq.heappop(self._timers)[2])
             while not self._actions.empty():
-                self._actions.get()()
+                self._do(self._actions.get())
         for peer in list(self.peers):
             peer.link.drain()
             self.hang_up(peer)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """What fails here must not take the memory with it that this process holds."""
+        try:
+            action()
+        except Exception as e:
+            log.error("%s: %s", type(e).__name__, e, exc_info=e)
 
     def add(self, sock: socket.socket, link: Connection, role: str) -> Peer:
         """Takes over a connection."""

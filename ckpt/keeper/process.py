@@ -57,6 +57,7 @@ class Keeper:
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
+        self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
         self._ring: Ring | None = None
         self._untold: deque[str] = deque(maxlen=8)  # what failed while no trainer was there to hear it
         self._granted: set[int] = set()  # slots that trainers may be writing to

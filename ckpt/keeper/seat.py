@@ -218,6 +218,8 @@ class Seat:
         )
 
     def _claimed(self, save: _Save, found: tuple[str, str] | Exception) -> None:
+        if self._save is not save:
+            return
         if isinstance(found, Exception):
             self._ended(save, found)
             return

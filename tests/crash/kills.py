@@ -5,6 +5,7 @@ Nothing is sampled: the points of a save are counted by passing them, from the f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -342,4 +343,20 @@ def found_in_a_mutant(name: str, folder: str) -> str:
         scenario(folder)
     except AssertionError as e:
         return str(e)
+    return ""
+
+
+_NEW_NAMESPACE, _PRIVATE = 0x20000, (1 << 18) | (1 << 14)
+
+
+def small_disk(folder: str, options: str) -> str:
+    """Mounts a tmpfs that only this process sees, and that ends with it; the reason if that cannot be done."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for call, args in (
+        (libc.unshare, (_NEW_NAMESPACE,)),
+        (libc.mount, (b"none", b"/", None, ctypes.c_ulong(_PRIVATE), None)),
+        (libc.mount, (b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(0), options.encode())),
+    ):
+        if call(*args) != 0:
+            return f"no tmpfs of its own can be mounted here: {os.strerror(ctypes.get_errno())}"
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,13 @@ from typing import Any
 import pytest
 import torch
 from forks import Fresh
-from kills import check_listing, check_pruned
+from kills import check_listing, check_pruned, small_disk
 
 import ckpt
 from ckpt.errors import StorageError
 
 PAGE = 4096
 SIZE = 2 << 20
-_NEW_NAMESPACE, _PRIVATE = 0x20000, (1 << 18) | (1 << 14)
-
-
-def _small_disk(folder: str, options: str) -> str:
-    """Mounts a tmpfs that only this process sees, and that ends with it; the reason if that cannot be done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for call, args in (
-        (libc.unshare, (_NEW_NAMESPACE,)),
-        (libc.mount, (b"none", b"/", None, ctypes.c_ulong(_PRIVATE), None)),
-        (libc.mount, (b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(0), options.encode())),
-    ):
-        if call(*args) != 0:
-            return f"no tmpfs of its own can be mounted here: {os.strerror(ctypes.get_errno())}"
-    return ""
 
 
 def _free(folder: str) -> int:
@@ -72,7 +57,7 @@ class Loop:
 
 
 def _no_room(folder: str) -> str:
-    reason = _small_disk(folder, f"size={SIZE}")
+    reason = small_disk(folder, f"size={SIZE}")
     if reason:
         return reason
     run, filler, outcomes = f"{folder}/run", f"{folder}/filler", []
@@ -93,7 +78,7 @@ def _no_room(folder: str) -> str:
 
 
 def _no_inodes(folder: str) -> str:
-    reason = _small_disk(folder, f"size={SIZE},nr_inodes=400")
+    reason = small_disk(folder, f"size={SIZE},nr_inodes=400")
     if reason:
         return reason
     run, outcomes = f"{folder}/run", []

@@ -7,6 +7,7 @@ passed; with the keeper dead too, nothing older than what it saw stored.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import keepers
 import pytest
 from forks import Fresh
 from keepers import Died, Raised, Trainer, check_stored, goes_on, held_steps, nothing_left, scene, seen, together, until
-from kills import check_listing
+from kills import check_listing, small_disk
 
 NEVER = 1000
 WHILE_TRAINING = [p for p in keepers.KEEPER if p not in ("keeper attached", "keeper orphaned")]
@@ -573,6 +574,48 @@ def _room_for_one(folder: str) -> None:
 def test_a_loop_may_try_again_when_there_is_room(fresh: Fresh, tmp_path: Path) -> None:
     """The first slot was there, the second was not."""
     fresh(_room_for_one, str(tmp_path))
+
+
+def _keeper_without_room(folder: str) -> None:
+    with scene(folder) as run:
+        t = Trainer(run, storage=4, wide=1 << 22)
+        keeper = keepers.keeper(run)
+        pages = int(Path(f"/proc/{keeper}/statm").read_text().split()[0])
+        resource.prlimit(keeper, resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (1 << 20), -1))
+        until(lambda: t("seal", 1) and t("report")["failed"], "a save that failed")
+        report = t("report")
+        assert "memory" in report["last_error"].lower(), report
+        t("seal", 2)
+        resource.prlimit(keeper, resource.RLIMIT_AS, (-1, -1))
+        until(lambda: t("seal", 1) and t("report")["committed"], "a save that did not")
+        assert keepers.keeper(run) == keeper
+        t.kill()
+        goes_on(run, seen(run, "sealed"), seen(run, "at"), wide=1 << 22)
+
+
+def test_a_keeper_short_of_memory_holds_snapshots_and_saves_later(fresh: Fresh, tmp_path: Path) -> None:
+    """Under `ulimit -v`, say."""
+    fresh(_keeper_without_room, str(tmp_path))
+
+
+def _small_shm(folder: str) -> str:
+    refused = small_disk("/dev/shm", "size=64m")
+    if refused:
+        return refused
+    with scene(folder) as run:
+        t = Trainer(run, storage=4, wide=6 << 20)
+        sealed = t("seal", 3)[-1]
+        assert sum(os.path.getsize(at) for at in keepers.slots_of(keepers.keeper(run))) > 3 * (64 << 20)
+        t.kill()
+        goes_on(run, max(sealed, seen(run, "sealed")), seen(run, "at"), wide=6 << 20)
+    return ""
+
+
+def test_slots_need_no_shared_memory_filesystem(fresh: Fresh, tmp_path: Path) -> None:
+    """As in a container with the usual /dev/shm of 64 MiB."""
+    refused = fresh(_small_shm, str(tmp_path))
+    if refused:
+        pytest.skip(refused)
 
 
 # 10. Two ranks.
