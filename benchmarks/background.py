@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,16 +30,18 @@ from benchmarks.contestants import CKPT, fsync
 from benchmarks.crew import may_have_children
 from benchmarks.harness import Rank
 from benchmarks.limits import Memcpy, WriteLimit, release
+from ckpt.snapshot.device import Device, Timed, pretend
 
 __all__ = [
-    "BOTH", "DISK", "LIMIT", "MEMORY", "NOTHING", "OURS", "Pending", "Saver", "grown", "make", "remarks",
+    "BOTH", "DEVICE", "DISK", "LIMIT", "MEMORY", "NOTHING", "OURS", "Pending", "Saver", "grown", "make", "remarks",
     "savers", "unavailable",
 ]  # fmt: skip
 
 NOTHING = "no saves"
 LIMIT = "limit: buffer + direct write"
 MEMORY, BOTH = "ckpt memory", "ckpt memory + storage"
-OURS = (CKPT, MEMORY, BOTH)
+DEVICE = "ckpt memory (timed device)"
+OURS = (CKPT, MEMORY, BOTH, DEVICE)
 MIB = 1 << 20
 POLL = 0.005
 
@@ -113,8 +116,11 @@ class Checkpointer(_Stored):
 
     every_step = True
 
-    def __init__(self, rank: Rank, folder: Path, *, storage: int | None) -> None:
+    def __init__(self, rank: Rank, folder: Path, *, storage: int | None, device: Device | None = None) -> None:
         super().__init__(rank, folder)
+        self.pretended = ExitStack()
+        if device is not None:
+            self.pretended.enter_context(pretend(device))
         options: dict[str, Any] = {"memory": ckpt.Every(1)}
         if storage is not None:
             options["storage"] = ckpt.Every(storage)
@@ -151,6 +157,7 @@ class Checkpointer(_Stored):
     def close(self) -> None:
         super().close()
         self.checkpointer.close()
+        self.pretended.close()
 
 
 class DcpAsync(_Stored):
@@ -308,6 +315,8 @@ REMARKS = {
     LIMIT: "buffer + direct write: a memcpy of the state into a warm buffer, then a thread that writes that with O_DIRECT.",
     CKPT: "ckpt: async_save.",
     MEMORY: "ckpt memory: Checkpointer(memory=Every(1)), nothing stored.",
+    DEVICE: "timed device: the same, with all tensors taken for those of an accelerator behind a bus of 12 GB/s, whose copies "
+    "cost the processor nothing (ckpt.snapshot.device.Timed; the bytes are left out).",
     BOTH: "ckpt memory + storage: Checkpointer(storage=..., memory=Every(1)).",
     "DCP thread": "DCP thread: async_save as shipped, on a process group of its own; it stages into new memory each time.",
     "DCP thread, shared memory": "shared memory: one DefaultStager kept over saves, use_shared_memory alone.",
@@ -337,7 +346,8 @@ def unavailable(names: Iterable[str]) -> dict[str, str]:
 
 def make(rank: Rank, name: str, folder: str, storage: int = 1) -> Saver:
     """A contestant for one turn, its saves going below `folder`, which exists and is fresh."""
-    makers: dict[str, Maker] = {**savers(storage), LIMIT: BareBuffer}
+    timed = partial(Checkpointer, storage=None, device=Timed(12.0, moves=False))
+    makers: dict[str, Maker] = {**savers(storage), LIMIT: BareBuffer, DEVICE: timed}
     return makers[name](rank, Path(folder))
 
 

@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import background
-from benchmarks.background import BOTH, MEMORY, NOTHING, OURS, Pending, Saver
+from benchmarks.background import BOTH, DEVICE, MEMORY, NOTHING, OURS, Pending, Saver
 from benchmarks.contestants import chosen
 from benchmarks.crew import Crew
 from benchmarks.harness import Rank, Rounds, Sample
 from benchmarks.report import Table, finish, machine, options, verdict, workspace
 
+EACH_STEP = {MEMORY, DEVICE, BOTH}
 ASKED_MS, ASKED_SHARE = 5.0, 0.01
 
 
@@ -163,7 +164,7 @@ class Stalls:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = chosen(background.savers(), args.only)
+    names = chosen({**background.savers(), DEVICE: None}, args.only)
     plan = Plan(args.step_seconds, args.every, args.saves)
     with workspace(args.dir) as root:
         result: dict[str, Any] = {"bench": "stall", "machine": machine(root), "tables": []}
@@ -210,7 +211,7 @@ def _table(part: dict[str, Any]) -> Table:
         f"The loop's own step is longer than its wait by {1e3 * statistics.median(lengths):.1f} ms "
         f"({1e3 * min(lengths):.1f}-{1e3 * max(lengths):.1f}) without saves."
     )
-    if {MEMORY, BOTH} & rounds.samples.keys():
+    if EACH_STEP & rounds.samples.keys():
         table.notes.append(
             "In memory: a snapshot at every step; begun are those that all ranks sealed, and with storage, committed those stored."
         )
@@ -220,7 +221,7 @@ def _table(part: dict[str, Any]) -> Table:
 
 def _cells(name: str, samples: Sequence[Sample | None], base: Sequence[Sample | None], step: float) -> list[str]:
     got = [s.extra for s in samples if s]
-    stalls = Stalls.of(samples, base, each_step=name in (MEMORY, BOTH))
+    stalls = Stalls.of(samples, base, each_step=name in EACH_STEP)
     if not stalls.total:
         return ["-"] * 7
     stall = statistics.median(stalls.total)
@@ -240,10 +241,10 @@ def _cells(name: str, samples: Sequence[Sample | None], base: Sequence[Sample | 
 
 def _counted(name: str, got: dict[str, Any]) -> tuple[int, int, int]:
     """Saves begun, skipped and committed in one turn; snapshots of a Checkpointer, by its own count of all its steps."""
-    if name in (MEMORY, BOTH):
+    if name in EACH_STEP:
         counts = got["counts"]
         lost = counts["skipped"] + counts.get("voided", 0)
-        return counts["sealed"], lost, counts["sealed" if name == MEMORY else "committed"]
+        return counts["sealed"], lost, counts["committed" if name == BOTH else "sealed"]
     return sum(got["begun"]), got["due"] - sum(got["begun"]), len(got["lags"])
 
 
