@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckpt.errors import UsageError
 
-__all__ = ["Every", "Settings", "settings", "undisturbed"]
+__all__ = ["ErasureCode", "Every", "Replicas", "Settings", "settings", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Every:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise UsageError("Every needs steps or minutes, as in Every(200) or Every(minutes=30)")
-        if self.steps is not None and (
-            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1
-        ):
+        if self.steps is not None and not _whole(self.steps):
             raise UsageError(f"Every(steps={self.steps!r}): a whole number of steps, 1 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise UsageError(f"Every(minutes={self.minutes!r}): a positive number of minutes")
@@ -39,6 +37,44 @@ class Every:
         """Whether to save after `step`, the last save having been at monotonic time `last` (seconds)."""
         by_step = self.steps is not None and (step + 1) % self.steps == 0
         return by_step or (self.minutes is not None and time.monotonic() - last >= 60 * self.minutes)
+
+
+@dataclass(frozen=True)
+class ErasureCode:
+    """Snapshots in memory outlive any `parity` of `data` + `parity` hosts, for parity / data of their size in parity.
+
+    Raises UsageError unless there are 1 or more of each and at most 255 of both.
+    """
+
+    data: int
+    parity: int
+
+    def __post_init__(self) -> None:
+        for name in ("data", "parity"):
+            if not _whole(getattr(self, name)):
+                raise UsageError(f"ErasureCode({name}={getattr(self, name)!r}): a whole number of hosts, 1 or more")
+        if self.data + self.parity > 255:
+            raise UsageError(f"{self}: at most 255 hosts in all; groups of some 8 hosts, as of 6 + 2, are usual")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Snapshots in memory are kept whole on `copies` hosts, their own among them, and outlive any `copies` - 1 of these.
+
+    Raises UsageError unless there are 2 to 255 copies.
+    """
+
+    copies: int
+
+    def __post_init__(self) -> None:
+        if not _whole(self.copies) or not 2 <= self.copies <= 255:
+            raise UsageError(
+                f"Replicas({self.copies!r}): a whole number of copies, 2 to 255, the host's own among them"
+            )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
