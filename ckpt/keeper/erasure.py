@@ -53,6 +53,7 @@ class Code:
         self.data, self.parity = data, parity
         self.arithmetic = arithmetic_ or arithmetic()
         self._matrix = _matrix(data, parity)
+        self._columns = [self._matrix[:, i].tobytes() for i in range(data)]
 
     def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
         """Computes all parity chunks, of one length L, from all data chunks, each of L bytes or fewer."""
@@ -60,7 +61,7 @@ class Code:
             raise UsageError(
                 f"{len(data)} data and {len(parity)} parity chunks for a code of {self.data} + {self.parity}"
             )
-        sources, targets = [_view(d) for d in data], [_writable(p) for p in parity]
+        sources, targets = [_Memory(d) for d in data], [_writable(p) for p in parity]
         self._dot(self._matrix, sources, targets, _length(sources, targets))
 
     def fold(self, number: int, block: Buffer, parity: Mapping[int, Buffer]) -> None:
@@ -72,14 +73,14 @@ class Code:
         rows = sorted(parity)
         if not 0 <= number < self.data or not rows or not 0 <= rows[0] <= rows[-1] < self.parity:
             raise UsageError(f"data chunk {number} into parity {rows} of a code of {self.data} + {self.parity}")
-        source, targets = _view(block), [_writable(parity[r]) for r in rows]
-        if any(len(t) < len(source) for t in targets):
-            raise UsageError(f"a piece of {len(source)} bytes into parity of {min(map(len, targets))}")
+        source, targets = _Memory(block), [_writable(parity[r]) for r in rows]
+        if any(t.size < source.size for t in targets):
+            raise UsageError(f"a piece of {source.size} bytes into parity of {min(t.size for t in targets)}")
         _apart([source], targets)
-        column = self._matrix[rows, number].tobytes()
-        for at in range(0, len(source), _CALL):
-            n = min(_CALL, len(source) - at)
-            self.arithmetic.add(column, source[at:], [t[at:] for t in targets], n)
+        column = self._columns[number]
+        factors = column if len(rows) == self.parity else bytes(column[r] for r in rows)
+        for at in range(0, source.size, _CALL):
+            self.arithmetic.add(factors, source, targets, at, min(_CALL, source.size - at))
 
     def decode(self, present: Mapping[int, Buffer], wanted: Mapping[int, Buffer]) -> None:
         """Fills the chunks `wanted` from those `present`, both by number; any `data` of all chunks are enough.
@@ -99,60 +100,40 @@ class Code:
             raise UsageError(
                 f"{len(present)} chunks are present; a code of {self.data} + {self.parity} needs {self.data}"
             )
-        chunks = {n: _view(b) for n, b in present.items()} | {n: _writable(b) for n, b in wanted.items()}
+        chunks = {n: _Memory(b) for n, b in present.items()} | {n: _writable(b) for n, b in wanted.items()}
         length = _length(
             [c for n, c in chunks.items() if n < self.data], [c for n, c in chunks.items() if n >= self.data]
         )
         if wanted:
-            matrix = np.stack([self._from(number, there, lost, rows) for number in wanted])
-            self._dot(
-                matrix,
-                [chunks[n] for n in (*there, *(self.data + r for r in rows))],
-                [chunks[n] for n in wanted],
-                length,
-            )
+            matrix = _solution(self.data, self.parity, tuple(lost), tuple(rows), tuple(wanted))
+            sources = [chunks[i] for i in there] + [chunks[self.data + r] for r in rows]
+            self._dot(matrix, sources, [chunks[n] for n in wanted], length)
 
-    def _from(self, number: int, there: list[int], lost: list[int], rows: list[int]) -> Bytes:
-        """A chunk as a combination of the data chunks that are there and of as many parity rows as data chunks are lost.
-
-        With A the matrix: A[rows, lost] x = parity[rows] + A[rows, there] data[there], solved for the lost chunks x.
-        """
-        inverse = _inverse(self._matrix[np.ix_(rows, lost)])
-        solved: Bytes = np.concatenate([_product(inverse, self._matrix[np.ix_(rows, there)]), inverse], axis=1)
-        if number < self.data:
-            own: Bytes = solved[lost.index(number)]
-            return own
-        row = self._matrix[number - self.data]
-        out: Bytes = _product(row[None, lost], solved)[0]
-        out[: len(there)] ^= row[there]
-        return out
-
-    def _dot(self, matrix: Bytes, sources: Sequence[Bytes], targets: Sequence[Bytes], nbytes: int) -> None:
+    def _dot(self, matrix: Bytes, sources: Sequence[_Memory], targets: Sequence[_Memory], nbytes: int) -> None:
         """targets = matrix * sources, where all end at their own lengths: in pieces between one end and the next."""
         _apart(sources, targets)
-        for at, n in _pieces({len(b) for b in (*sources, *targets)}, nbytes):
-            columns = [i for i, s in enumerate(sources) if len(s) > at]
-            rows = [i for i, t in enumerate(targets) if len(t) > at]
+        for at, n in _pieces({m.size for m in (*sources, *targets)}, nbytes):
+            columns = [i for i, s in enumerate(sources) if s.size > at]
+            rows = [i for i, t in enumerate(targets) if t.size > at]
             if not columns:
                 for i in rows:
-                    targets[i][at : at + n] = 0
-                continue
-            self.arithmetic.dot(
-                matrix[np.ix_(rows, columns)].tobytes(),
-                [sources[i][at:] for i in columns],
-                [targets[i][at:] for i in rows],
-                n,
-            )
+                    targets[i].array[at : at + n] = 0
+            elif len(columns) == len(sources) and len(rows) == len(targets):
+                self.arithmetic.dot(matrix.tobytes(), sources, targets, at, n)
+            else:
+                part = matrix[np.ix_(rows, columns)].tobytes()
+                self.arithmetic.dot(part, [sources[i] for i in columns], [targets[i] for i in rows], at, n)
 
 
-def _length(data: Sequence[Bytes], parity: Sequence[Bytes]) -> int:
+def _length(data: Sequence[_Memory], parity: Sequence[_Memory]) -> int:
     """Bytes of the longest chunk. Raises UsageError where lengths cannot be those of one stripe, or of pieces of one."""
-    if len({len(p) for p in parity}) > 1:
-        raise UsageError(f"parity chunks of different lengths: {[len(p) for p in parity]}")
-    longest = max(map(len, data), default=0)
-    if parity and longest > len(parity[0]):
-        raise UsageError(f"a data chunk of {longest} bytes with parity of {len(parity[0])}")
-    return len(parity[0]) if parity else longest
+    lengths = {p.size for p in parity}
+    if len(lengths) > 1:
+        raise UsageError(f"parity chunks of different lengths: {[p.size for p in parity]}")
+    longest = max((d.size for d in data), default=0)
+    if parity and longest > max(lengths):
+        raise UsageError(f"a data chunk of {longest} bytes with parity of {max(lengths)}")
+    return max(lengths) if parity else longest
 
 
 def _pieces(ends: set[int], nbytes: int) -> Iterator[tuple[int, int]]:
@@ -165,38 +146,39 @@ def _pieces(ends: set[int], nbytes: int) -> Iterator[tuple[int, int]]:
             at += n
 
 
-def _view(buffer: Buffer) -> Bytes:
-    """A buffer as an array of its bytes, not copied."""
-    try:
-        return np.frombuffer(buffer, dtype=np.uint8)
-    except ValueError as e:
-        if memoryview(buffer).nbytes == 0:
-            return _NOTHING
-        raise UsageError(f"a chunk must be contiguous memory ({e})") from e
+class _Memory:
+    """A buffer: where it is, and its bytes as an array."""
+
+    __slots__ = ("address", "array", "size")
+
+    def __init__(self, buffer: Buffer) -> None:
+        try:
+            self.array: Bytes = np.frombuffer(buffer, dtype=np.uint8)
+        except ValueError as e:
+            if memoryview(buffer).nbytes:
+                raise UsageError(f"a chunk must be contiguous memory ({e})") from e
+            self.array = _NOTHING
+        self.address: int = self.array.__array_interface__["data"][0]
+        self.size = len(self.array)
 
 
-def _writable(buffer: Buffer) -> Bytes:
-    out = _view(buffer)
-    if not out.flags.writeable and len(out):
+def _writable(buffer: Buffer) -> _Memory:
+    out = _Memory(buffer)
+    if not out.array.flags.writeable and out.size:
         raise UsageError("a chunk that is to be written is read-only memory")
     return out
 
 
-def _apart(sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+def _apart(sources: Sequence[_Memory], targets: Sequence[_Memory]) -> None:
     """Raises UsageError where memory that is written overlaps other memory of the same call."""
-    spans = sorted(
-        (_address(b), _address(b) + len(b), w) for w, bs in enumerate((sources, targets)) for b in bs if len(b)
-    )
-    end, written_end = 0, 0
-    for first, last, written in spans:
+    spans = [(m.address, m.address + m.size, False) for m in sources if m.size]
+    spans += [(m.address, m.address + m.size, True) for m in targets if m.size]
+    end = written_end = 0
+    for first, last, written in sorted(spans):
         if first < (end if written else written_end):
             raise UsageError("a chunk that is to be written overlaps another chunk in memory")
         end = max(end, last)
         written_end = max(written_end, last) if written else written_end
-
-
-def _address(array: Bytes) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 # The field.
@@ -248,18 +230,39 @@ def _matrix(data: int, parity: int) -> Bytes:
     return out
 
 
+@lru_cache(1024)
+def _solution(data: int, parity: int, lost: tuple[int, ...], rows: tuple[int, ...], wanted: tuple[int, ...]) -> Bytes:
+    """The wanted chunks as combinations of the data chunks that are not lost and of as many parity rows as are lost.
+
+    With A the matrix: A[rows, lost] x = parity[rows] + A[rows, there] data[there], solved for the lost chunks x.
+    """
+    matrix = _matrix(data, parity)
+    there = [i for i in range(data) if i not in lost]
+    inverse = _inverse(matrix[np.ix_(rows, lost)])
+    solved: Bytes = np.concatenate([_product(inverse, matrix[np.ix_(rows, there)]), inverse], axis=1)
+    out = np.zeros((len(wanted), data), dtype=np.uint8)
+    for at, number in enumerate(wanted):
+        if number < data:
+            out[at] = solved[lost.index(number)]
+        else:
+            row = matrix[number - data]
+            out[at] = _product(row[None, list(lost)], solved)[0]
+            out[at, : len(there)] ^= row[there]
+    return out
+
+
 # Who computes.
 
 
 class Arithmetic(Protocol):
-    """What a code needs. `matrix`: rows * columns coefficients, row by row; buffers of at least n bytes, n > 0."""
+    """What a code needs, for bytes `at` to `at` + n of all buffers. `matrix`: rows * columns coefficients, row by row."""
 
     name: str
 
-    def dot(self, matrix: bytes, sources: Sequence[Bytes], targets: Sequence[Bytes], n: int) -> None:
+    def dot(self, matrix: bytes, sources: Sequence[_Memory], targets: Sequence[_Memory], at: int, n: int) -> None:
         """targets[r] = sum of matrix[r, c] * sources[c]."""
 
-    def add(self, column: bytes, source: Bytes, targets: Sequence[Bytes], n: int) -> None:
+    def add(self, column: bytes, source: _Memory, targets: Sequence[_Memory], at: int, n: int) -> None:
         """targets[r] += column[r] * source."""
 
 
@@ -267,7 +270,7 @@ class Isal:
     """ISA-L in the shared library `path`. Raises OSError or AttributeError if that is not ISA-L 2."""
 
     def __init__(self, path: str) -> None:
-        self.name = f"ISA-L ({path})"
+        self.name, self.path = f"ISA-L ({path})", path
         library = ctypes.CDLL(path)
         self._encode, self._update, self._init = (
             library.ec_encode_data,
@@ -287,17 +290,17 @@ class Isal:
         self._init(columns, len(matrix) // columns, matrix, tables)
         return tables
 
-    def dot(self, matrix: bytes, sources: Sequence[Bytes], targets: Sequence[Bytes], n: int) -> None:
+    def dot(self, matrix: bytes, sources: Sequence[_Memory], targets: Sequence[_Memory], at: int, n: int) -> None:
         k, m = len(sources), len(targets)
-        self._encode(n, k, m, self._tables(matrix, k), _pointers(sources), _pointers(targets))
+        self._encode(n, k, m, self._tables(matrix, k), _pointers(sources, at), _pointers(targets, at))
 
-    def add(self, column: bytes, source: Bytes, targets: Sequence[Bytes], n: int) -> None:
+    def add(self, column: bytes, source: _Memory, targets: Sequence[_Memory], at: int, n: int) -> None:
         tables = self._tables(column, 1)
-        self._update(n, 1, len(targets), 0, tables, _address(source), _pointers(targets))
+        self._update(n, 1, len(targets), 0, tables, source.address + at, _pointers(targets, at))
 
 
-def _pointers(arrays: Sequence[Bytes]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(arrays))(*map(_address, arrays))
+def _pointers(buffers: Sequence[_Memory], at: int) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(buffers))(*[b.address + at for b in buffers])
 
 
 class Tables:
@@ -305,21 +308,21 @@ class Tables:
 
     name = "numpy"
 
-    def dot(self, matrix: bytes, sources: Sequence[Bytes], targets: Sequence[Bytes], n: int) -> None:
+    def dot(self, matrix: bytes, sources: Sequence[_Memory], targets: Sequence[_Memory], at: int, n: int) -> None:
         k = len(sources)
-        for at in range(0, n, _BLOCK):
-            part = slice(at, min(at + _BLOCK, n))
+        for begin in range(at, at + n, _BLOCK):
+            part = slice(begin, min(begin + _BLOCK, at + n))
             for r, target in enumerate(targets):
-                out = target[part]
-                np.take(_TIMES[matrix[r * k]], sources[0][part], out=out, mode="clip")
+                out = target.array[part]
+                np.take(_TIMES[matrix[r * k]], sources[0].array[part], out=out, mode="clip")
                 for c in range(1, k):
-                    _add(matrix[r * k + c], sources[c][part], out)
+                    _add(matrix[r * k + c], sources[c].array[part], out)
 
-    def add(self, column: bytes, source: Bytes, targets: Sequence[Bytes], n: int) -> None:
-        for at in range(0, n, _BLOCK):
-            part = slice(at, min(at + _BLOCK, n))
+    def add(self, column: bytes, source: _Memory, targets: Sequence[_Memory], at: int, n: int) -> None:
+        for begin in range(at, at + n, _BLOCK):
+            part = slice(begin, min(begin + _BLOCK, at + n))
             for factor, target in zip(column, targets, strict=True):
-                _add(factor, source[part], target[part])
+                _add(factor, source.array[part], target.array[part])
 
 
 def _add(factor: int, source: Bytes, target: Bytes) -> None:
@@ -349,14 +352,14 @@ def _vendored() -> list[str]:
 
 def _agrees(library: Arithmetic) -> bool:
     """Compares every product of the field, and every way of calling, with numpy."""
-    sources = [np.tile(np.arange(256, dtype=np.uint8), 2)[i:] for i in range(2)]
+    sources = [_Memory(np.tile(np.arange(256, dtype=np.uint8), 2)[i:]) for i in range(2)]
     for factor in range(256):
         matrix, outs = bytes([factor, 29, 1, factor]), []
         for one in (library, Tables()):
-            targets = [np.zeros(300, dtype=np.uint8) for _ in range(2)]
-            one.dot(matrix, sources, targets, 299)
-            one.add(matrix[:2], sources[1], targets, 300)
-            outs.append(np.concatenate(targets))
+            targets = [_Memory(np.zeros(300, dtype=np.uint8)) for _ in range(2)]
+            one.dot(matrix, sources, targets, 0, 299)
+            one.add(matrix[:2], sources[1], targets, 1, 299)
+            outs.append(np.concatenate([t.array for t in targets]))
         if not np.array_equal(outs[0], outs[1]):
             return False
     return True
