@@ -311,8 +311,8 @@ class Ward:
     spoiled: set[Key] = field(default_factory=set)
 
     def inventory(self, generation: int) -> Inventory | None:
-        """What this host holds, for the life that begins; None if it knows of a later one."""
-        if generation <= self.fence[0]:
+        """What this host holds, for the life that begins; None if that has begun, or a later one."""
+        if (generation, 0) < self.fence:
             return None
         self.fence = (generation, 0)
         first, second = (a.area if a is not None and a.encoded else None for a in self.areas)

@@ -290,3 +290,15 @@ def test_sixteen_thousand_hosts() -> None:
     check(Placement(after.groups[:50]), [h for g in after.groups[:50] for h in g.hosts])
     touched = {before.group_of(some[i].name) for i in gone}
     assert len(members(before) - members(after)) <= len(touched)
+
+
+def test_a_new_host_does_not_break_a_group_that_has_its_domain() -> None:
+    some = hosts(24, racks=12)
+    before = place(some, ErasureCode(6, 2))
+    team = before.groups[0].hosts
+    joins = Host("new", team[1].domain, 1000)
+    left = [h for h in some if h != team[0]]
+    after = place([*left, joins], ErasureCode(6, 2), before)
+    check(after, [*left, joins])
+    assert tuple(h.name for h in team[1:]) in members(after), "the group closes up"
+    assert len(members(after) & members(before)) == 1, "and one of the others takes the new host"

@@ -248,8 +248,9 @@ def test_orders_and_chunks_of_an_earlier_life() -> None:
     assert ward.fold((1, 1), *chunks[0]) is Fold.NOW
     assert ward.inventory(2) == Inventory("a", {}, (None, None))
     assert ward.fold((1, 1), *chunks[1]) is Fold.NEVER and not ward.start(Start((1, 7), (1, 1), 1, ONE, 0))
-    assert ward.inventory(1) is None and ward.inventory(2) is None
+    assert ward.inventory(1) is None and ward.inventory(2) == Inventory("a", {}, (None, None)), "asked twice"
     ward, _ = started((2, 1), ward=ward)
+    assert ward.inventory(2) is None
     assert not ward.start(Start((2, 1), (1, 0), 0, ONE, 0)), "an order that comes twice"
 
 
