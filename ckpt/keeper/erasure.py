@@ -206,12 +206,10 @@ def _product(a: Bytes, b: Bytes) -> Bytes:
 
 
 def _inverse(matrix: Bytes) -> Bytes:
-    """By Gauss and Jordan; the matrix has an inverse, and as a part of a Cauchy matrix no zeros to begin with."""
+    """By Gauss and Jordan, of a part of a Cauchy matrix: every square part has an inverse, so no pivot is ever zero."""
     n = len(matrix)
     work = np.concatenate([matrix, np.eye(n, dtype=np.uint8)], axis=1)
     for i in range(n):
-        pivot = i + int(np.flatnonzero(work[i:, i])[0])
-        work[[i, pivot]] = work[[pivot, i]]
         work[i] = _TIMES[_POWER[255 - _LOG[work[i, i]]], work[i]]
         for other in range(n):
             if other != i:

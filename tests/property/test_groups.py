@@ -76,12 +76,12 @@ def check(placement: Placement, given_hosts: Collection[Host]) -> None:
         assert 0 < group.data + group.parity <= len(group.hosts) <= 255 and group.data > 0
         assert all(placement.group_of(h.name) == number for h in group.hosts)
         largest = max(h.nbytes for h in group.hosts)
+        chunk = max((c.stop - c.start for share in group.shares.values() for c in share.chunks), default=0)
         for name, share in group.shares.items():
             ends = [0, *(c.stop for c in share.chunks)]
             if group.parity:
                 assert [c.start for c in share.chunks] == ends[:-1] and ends[-1] == share.host.nbytes
                 assert len(share.chunks) == group.data and len(share.parity) == group.parity
-            chunk = max((c.stop - c.start for g in group.shares.values() for c in g.chunks), default=0)
             assert 2 * share.parity_bytes <= 1.05 * 2 * group.parity / group.data * largest + max(
                 chunk, 128 * group.parity
             )
@@ -302,3 +302,11 @@ def test_a_new_host_does_not_break_a_group_that_has_its_domain() -> None:
     check(after, [*left, joins])
     assert tuple(h.name for h in team[1:]) in members(after), "the group closes up"
     assert len(members(after) & members(before)) == 1, "and one of the others takes the new host"
+
+
+def test_groups_do_not_grow_for_ever() -> None:
+    """Hosts that come a few at a time join, until there are enough for another group."""
+    placement = place(hosts(8), ErasureCode(6, 2))
+    for count, groups in ((12, [12]), (14, [14]), (17, [9, 8]), (20, [10, 10]), (32, [12, 10, 10])):
+        placement = place(hosts(count), ErasureCode(6, 2), placement)
+        assert [n for n, _, _ in shape(placement)] == groups
