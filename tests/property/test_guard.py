@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Collection, Sequence
 
 import pytest
+from guarded import Job
 
 from ckpt.config import ErasureCode, Replicas
 from ckpt.keeper.groups import Host
-from tests.property.guarded import Job
 
 Act = Callable[[], None]
 
