@@ -28,8 +28,8 @@ def main() -> None:
     for bench in args.benches or BENCHES:
         options = ["--json", str(args.out / f"{bench}.json")]
         for name, applies in (
-            ("dir", True),
-            ("rounds", bench != "flat"),
+            ("dir", bench != "goodput"),
+            ("rounds", bench not in ("flat", "goodput")),
             ("ranks", bench in _ON_RANKS),
             ("gib", bench in _SIZED),
             ("only", bench in _STATEFUL),

@@ -13,7 +13,20 @@ from benchmarks.report import Table, machine_line
 
 __all__ = ["render", "tables"]
 
-BENCHES = ("save", "load", "reshard", "memory", "scale", "stall", "loop", "durable", "flat", "restart")
+BENCHES = (
+    "save",
+    "load",
+    "reshard",
+    "memory",
+    "scale",
+    "stall",
+    "loop",
+    "durable",
+    "flat",
+    "restart",
+    "erasure",
+    "goodput",
+)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
