@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         StorageError,
         UnsafeError,
         UsageError,
+        VersionError,
     )
     from ckpt.format.layout import Layout
     from ckpt.loading import LoadReport
@@ -70,6 +71,7 @@ __all__ = [
     "StorageError",
     "UnsafeError",
     "UsageError",
+    "VersionError",
     "adapters",
     "async_save",
     "load",

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt.backends import Backend
-from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError
+from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError, VersionError
 from ckpt.format.codec import Codec, crc32c
 
 if TYPE_CHECKING:  # a commit is JSON: to list a run, nothing below is loaded
@@ -108,9 +108,12 @@ def unseal(data: bytes, kind: str, where: str) -> dict[str, Any]:
         raise IntegrityError(f"{where}: its bytes are not what was written; use another step")
     if content.get("format") != kind:
         raise FormatError(f"{where}: holds {content.get('format')!r}, not {kind!r}")
-    if type(content.get("version")) is not int or not 1 <= content["version"] <= VERSION:
-        raise FormatError(
-            f"{where}: format version {content.get('version')}, this ckpt reads up to {VERSION}; upgrade ckpt-universal"
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{where}: format version {version!r:.20}")
+    if version > VERSION:
+        raise VersionError(
+            f"{where}: format version {version}, this ckpt reads up to {VERSION}; upgrade ckpt-universal"
         )
     return dict(content)
 

@@ -6,7 +6,8 @@
     ├── ConflictError     kind "conflict"                        the name is taken; choose another step or run
     ├── MismatchError     kind "mismatch"                        state and checkpoint differ; see its lists
     ├── LayoutError       kind "layout"     (ValueError)         pieces of a tensor are missing, overlap or clash
-    ├── FormatError       kind "format"     (ValueError)         not a checkpoint, damaged, or from a newer version
+    ├── FormatError       kind "format"     (ValueError)         not a checkpoint, or damaged
+    │   └── VersionError  kind "version"                         from a newer version of ckpt; upgrade
     ├── IntegrityError    kind "integrity"                       bytes differ from what was written; use an older step
     ├── UnsafeError       kind "unsafe"                          pickled content; pass allow_pickle=True if you trust it
     ├── StorageError      kind "storage"    (OSError)            the storage failed; a retry may help
@@ -34,6 +35,7 @@ __all__ = [
     "StorageError",
     "UnsafeError",
     "UsageError",
+    "VersionError",
     "from_wire",
     "to_wire",
 ]
@@ -76,9 +78,15 @@ class LayoutError(CkptError, ValueError):
 
 
 class FormatError(CkptError, ValueError):
-    """A file is not what the format says, or was written by a newer version."""
+    """A file is not what the format says."""
 
     kind = "format"
+
+
+class VersionError(FormatError):
+    """A file was written by a newer version of ckpt, which reads it. Nothing falls back behind it."""
+
+    kind = "version"
 
 
 class IntegrityError(CkptError):
@@ -126,6 +134,7 @@ _BY_KIND = {
         MismatchError,
         LayoutError,
         FormatError,
+        VersionError,
         IntegrityError,
         UnsafeError,
         StorageError,

@@ -11,7 +11,7 @@ from ckpt.backends import Backend
 from ckpt.catalog import Step, lineage, list_run
 from ckpt.collective import Group
 from ckpt.commit import step_folder
-from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, PeerError
+from ckpt.errors import CkptError, DeadlineError, FormatError, IntegrityError, NotFoundError, PeerError, VersionError
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_folder
@@ -38,7 +38,7 @@ def restore_newest(
             return candidate, load_folder(state, backend, candidate, options, group)
         except (IntegrityError, FormatError, NotFoundError, PeerError, DeadlineError) as e:
             gone = candidate == _MEMORY and not isinstance(e, (IntegrityError, FormatError))
-            if not gone and (after is None or isinstance(e, (PeerError, DeadlineError))):
+            if not gone and (after is None or isinstance(e, (PeerError, DeadlineError, VersionError))):
                 raise
             log.error(
                 "ckpt: %s/%s cannot be used, falling back to %s: %s", backend.root, candidate, after or "step 0", e

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as st_load
 
-from ckpt.errors import FormatError
+from ckpt.errors import FormatError, VersionError
 from ckpt.format.codec import BLOCK, Codec
 from ckpt.format.dtypes import dtype
 from ckpt.format.manifest import PACK_COLUMNS, VERSION, Manifest, ObjectEntry, Packs
@@ -29,7 +29,7 @@ def parse_manifest(data: bytes, where: str = "manifest") -> Manifest:
     try:
         return _parse(data)
     except FormatError as e:
-        raise FormatError(f"{where}: {e}") from None
+        raise type(e)(f"{where}: {e}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as e:
         raise FormatError(f"{where}: not a readable manifest ({type(e).__name__}: {e})") from None
 
@@ -43,7 +43,7 @@ def _parse(data: bytes) -> Manifest:
     version = header.get("version")
     _need(isinstance(version, int) and not isinstance(version, bool) and version > 0, f"version {version!r:.200}")
     if version > VERSION:
-        raise FormatError(
+        raise VersionError(
             f"written in format version {version}, this ckpt reads up to {VERSION}; upgrade ckpt-universal"
         )
     _need(header["block"] == BLOCK, f"block size {header['block']!r:.200}")

@@ -18,7 +18,7 @@ import ckpt
 from ckpt import catalog
 from ckpt.backends import LocalBackend
 from ckpt.commit import sealed
-from ckpt.errors import FormatError, UnsafeError
+from ckpt.errors import UnsafeError, VersionError
 from ckpt.format.codec import crc32c
 
 
@@ -155,7 +155,9 @@ def test_version_2_is_refused(tmp_path: Path, which: str) -> None:
         return
     (folder / "commit.json").write_bytes(sealed(content))
     for ref in (str(run), f"{run}@3"):
-        with pytest.raises(FormatError, match=r"format version 2.*upgrade ckpt-universal"):
+        with pytest.raises(VersionError, match=r"format version 2.*upgrade ckpt-universal"):
             ckpt.load({}, ref)
-        with pytest.raises(FormatError, match="upgrade ckpt-universal"):
+        with pytest.raises(VersionError, match="upgrade ckpt-universal"):
             ckpt.open(ref)
+    with pytest.raises(VersionError, match="upgrade ckpt-universal"):  # not an older step instead of it
+        ckpt.Checkpointer(run, {}, storage=ckpt.Every(1)).restore()

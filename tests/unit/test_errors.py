@@ -15,6 +15,7 @@ KINDS = {
     "mismatch": (errors.MismatchError, errors.CkptError),
     "layout": (errors.LayoutError, ValueError),
     "format": (errors.FormatError, ValueError),
+    "version": (errors.VersionError, errors.FormatError),
     "integrity": (errors.IntegrityError, errors.CkptError),
     "unsafe": (errors.UnsafeError, errors.CkptError),
     "storage": (errors.StorageError, OSError),
