@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckpt.offline.prune import Doomed, Pruning
     from ckpt.offline.recut import TpRule
 
-__all__ = ["export", "import_", "prune", "reshard"]
+__all__ = ["export", "import_", "processes", "prune", "reshard"]
 
 
 @verb("reshard", together=True)
@@ -48,7 +48,7 @@ def reshard(
     from ckpt.catalog import resolve
     from ckpt.offline.reshard import reshard as rewrite
 
-    with _processes() as group:
+    with processes() as group:
         alone = group.rank == 0 and not as_json and sys.stderr.isatty()
         total = resolve(src)[1].bytes // group.world if alone else None
         with progress("resharding", total, show=alone) as tell:
@@ -90,7 +90,7 @@ def _plan_reshard(src: str, ranks: int, tp: int, rules: Sequence[TpRule], as_jso
 
 
 @contextmanager
-def _processes() -> Iterator[Group]:
+def processes() -> Iterator[Group]:
     """The processes that torchrun or mpiexec started as one group, or this one alone."""
     import torch.distributed as dist
 

@@ -11,6 +11,7 @@ from ckpt import __version__
 from ckpt.cli.change import export, import_, prune, reshard
 from ckpt.cli.details import inspect
 from ckpt.cli.look import diff, ls, verify
+from ckpt.cli.merge import average
 from ckpt.cli.report import report
 from ckpt.cli.run import run
 from ckpt.cli.shell import Shell
@@ -33,7 +34,8 @@ Exit codes:
   70   a bug in ckpt
   130  interrupted
 
-Started by torchrun or mpiexec, `reshard` divides its work over the processes; any other verb runs in the first one.
+Started by torchrun or mpiexec, `reshard` and `average` divide their work over the processes; any other verb runs in the
+first one.
 
 \b
 Completion of verbs and options by the shell:
@@ -49,7 +51,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, report, run, reshard, export, import_, prune):
+for _verb in (ls, inspect, verify, diff, report, run, reshard, average, export, import_, prune):
     cli.add_command(_verb)
 
 

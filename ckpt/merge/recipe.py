@@ -1,0 +1,326 @@
+"""Recipes: a named linear combination of checkpoints as plain data. Making one reads commits and the ledger, no tensor.
+
+A recipe can be written as a checkpoint (`ckpt.materialise`), loaded as if it were one (`ckpt.load(state, recipe)`), kept
+as JSON. It names each checkpoint by its own URL and the checksum of its manifest: it means the same for good.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from ckpt.backends import Backend
+from ckpt.catalog import _higher_is_better, lineage, list_run, parse_ref, resolve, with_ledger
+from ckpt.commit import Commit
+from ckpt.errors import FormatError, NotFoundError, UsageError
+from ckpt.merge import weights as maths
+from ckpt.merge.weights import Floats
+
+__all__ = ["MOMENTS", "Chosen", "Recipe", "Term", "average", "choose", "posthoc", "recipe_of"]
+
+VERSION = 1
+MOMENTS = ("latest", "averaged", "reset")
+
+Weights = str | Sequence[float] | Callable[[Sequence[Commit]], Sequence[float]]
+Refs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One checkpoint of a recipe and what it counts.
+
+    `manifest`: the CRC32C of its manifest, 8 hex digits. `instead`: (key in the result, key in this checkpoint) where
+    they differ, as ("model", "ema5") for what the state held under "ema5".
+    """
+
+    ref: str
+    step: int
+    manifest: str
+    weight: float
+    instead: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """sum of weight * checkpoint over the terms; the weights add up to 1. The last term is the base: names, types and
+    whatever is not averaged come from it.
+
+    method    how the weights came about, in words
+    moments   state of optimizers: "latest" (the base's), "averaged", "reset" (left out), or "" (undecided: refused as soon
+              as there is any)
+    only      names or globs of the leaves to average; all by default
+    latest    names or globs of leaves to take from the base all the same
+    said      further provenance, as scores of a search: JSON-able
+    """
+
+    method: str
+    terms: tuple[Term, ...]
+    moments: str = ""
+    only: tuple[str, ...] = ()
+    latest: tuple[str, ...] = ()
+    said: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        w = self.weights
+        if not len(w) or not np.isfinite(w).all() or not abs(math.fsum(w.tolist()) - 1) <= 1e-6:
+            raise UsageError(f"recipe {self.method!r}: its weights have to be finite and add up to 1")
+        if self.moments not in ("", *MOMENTS):
+            raise UsageError(f"moments={self.moments!r}; say one of {', '.join(MOMENTS)}")
+        if self.moments == "averaged" and (w < 0).any():
+            raise UsageError("moments cannot be averaged with negative weights: a variance could come out below 0")
+
+    @property
+    def base(self) -> Term:
+        return self.terms[-1]
+
+    @property
+    def weights(self) -> Floats:
+        """float64 (terms,)."""
+        return np.array([t.weight for t in self.terms], dtype=np.float64)
+
+    def to_json(self) -> str:
+        """One line of JSON; the same for the same recipe."""
+        return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """What `to_json` wrote. Raises FormatError."""
+        try:
+            given = json.loads(text)
+            if given.pop("version") != VERSION:
+                raise ValueError("it is of another version")
+            terms = [Term(**{**t, "instead": tuple((a, b) for a, b in t["instead"])}) for t in given.pop("terms")]
+            only, latest = tuple(given.pop("only")), tuple(given.pop("latest"))
+            return Recipe(terms=tuple(terms), only=only, latest=latest, **given)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FormatError(f"not a recipe: {type(e).__name__}: {str(e)[:300]}") from None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint that was named: the run it is in, and its commit with the metrics that came late."""
+
+    run: str
+    commit: Commit
+
+    @property
+    def ref(self) -> str:
+        return f"{self.run}/{self.commit.folder}"
+
+
+def average(
+    refs: Refs,
+    *,
+    weights: Weights = "uniform",
+    last: int | None = None,
+    steps: str | Sequence[int] | None = None,
+    moments: str = "",
+    only: Sequence[str] = (),
+    latest: Sequence[str] = (),
+) -> Recipe:
+    """A recipe for the average of checkpoints; nothing is read but what names them.
+
+    refs      a run (all its steps that lead to the present), a ref of one step, or several of them, oldest first
+    last      of each run, only the newest so many
+    steps     of each run, only these: numbers, or a text as "100,200,300:500" (both ends included)
+    weights   "uniform" (SWA, LAWA, PMA), "wsm:CURVE" (linear, 1-sqrt, 1-square, cosine), "ema:RATE" (decay per step),
+              "power:Q", "edm:SIGMA", "mwa:METRIC,PENALTY[,FORM]" (a metric of the steps, or "step"; power, exp, range),
+              "runs" (the mean of the means of several runs), "interpolate:AMOUNT" (from the first to the last),
+              numbers as "0.2,0.3,1/2", or a function of the commits. See `ckpt.merge.weights`.
+    moments   what becomes of optimizers' state; see `Recipe`, as for the other arguments
+
+    Raises UsageError, NotFoundError (no such step; a metric that a step lacks).
+    """
+    chosen, counts = choose(refs, last=last, steps=steps)
+    w, method = _weigh(weights, [c.commit for c in chosen], counts)
+    return recipe_of(chosen, w, method, moments=moments, only=only, latest=latest)
+
+
+def posthoc(
+    refs: Refs,
+    sigma_rel: float,
+    tracked: Mapping[str, float],
+    *,
+    key: str = "model",
+    every: int = 1,
+    last: int | None = None,
+    steps: str | Sequence[int] | None = None,
+    moments: str = "",
+) -> Recipe:
+    """A recipe for the power EMA of another width out of those that the checkpoints hold (post-hoc EMA).
+
+    tracked   {key of the state: relative width} of the power EMAs that were saved beside `key`, as {"ema5": 0.05}
+    every     they were updated every so many steps, the first time after `every` of them
+
+    Step n is taken to come after n + 1 training steps. The result holds the average under `key`; the rest is the base's.
+    Raises what `average` does; UsageError too where the averages are too much alike (`ckpt.merge.weights.posthoc_ema`).
+    """
+    if not tracked or every < 1:
+        raise UsageError(
+            "post-hoc EMA needs the keys and widths of the averages in the checkpoints, and every of 1 or more"
+        )
+    chosen, _ = choose(refs, last=last, steps=steps)
+    taken = [(float(c.commit.step + 1), sigma) for c in chosen for sigma in tracked.values()]
+    folds = np.arange(every, max(t for t, _ in taken) + 1, every)
+    w = maths.posthoc_ema(folds, taken, sigma_rel)
+    pairs = [(c, ((key, name),)) for c in chosen for name in tracked]
+    terms = [_term(c, float(v), instead) for (c, instead), v in zip(pairs, w, strict=True) if v]
+    widths = ",".join(f"{name}={sigma:g}" for name, sigma in tracked.items())
+    return Recipe(f"posthoc-ema:{sigma_rel:g} from {widths}", (*terms, _term(chosen[-1], 0.0)), moments, (key,))
+
+
+def recipe_of(
+    chosen: Sequence[Chosen],
+    weights: Sequence[float] | Floats,
+    method: str,
+    *,
+    moments: str = "",
+    only: Sequence[str] = (),
+    latest: Sequence[str] = (),
+    said: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """A recipe of these checkpoints; those that count nothing are left out, but never the last."""
+    pairs = list(zip(chosen, map(float, weights), strict=True))
+    terms = [_term(c, v) for c, v in pairs[:-1] if v] + [_term(*pairs[-1])]
+    return Recipe(method, tuple(terms), moments, tuple(only), tuple(latest), said)
+
+
+def _term(c: Chosen, weight: float, instead: tuple[tuple[str, str], ...] = ()) -> Term:
+    return Term(c.ref, c.commit.step, f"{c.commit.manifest_crc:08x}", weight, instead)
+
+
+def choose(
+    refs: Refs, *, last: int | None = None, steps: str | Sequence[int] | None = None
+) -> tuple[list[Chosen], list[int]]:
+    """The checkpoints that are named, in the order of `refs` and oldest first, and how many came of each ref."""
+    out: list[Chosen] = []
+    counts = []
+    for ref in [refs] if isinstance(refs, (str, os.PathLike)) else refs:
+        found = _chosen(os.fspath(ref), last, steps)
+        counts.append(len(found))
+        out += found
+    if len({c.ref for c in out}) < len(out):
+        raise UsageError("a checkpoint is named twice; name each once, and give it more weight")
+    if not out:
+        raise UsageError("no checkpoint is named")
+    return out, counts
+
+
+def _chosen(ref: str, last: int | None, steps: str | Sequence[int] | None) -> list[Chosen]:
+    parsed = parse_ref(ref)
+    backend, commit = resolve(ref)  # says what is there instead, if it is not
+    try:
+        url = _url(backend)
+        if parsed.run != ref.rstrip("/"):
+            return [Chosen(url, commit)]
+        found = lineage(with_ledger(backend, list_run(backend)))[::-1]
+    finally:
+        backend.close()
+    out = [Chosen(url, s.commit) for s in found if s.commit is not None]
+    if steps is not None:
+        spans = _spans(steps)
+        numbers = [c.commit.step for c in out]
+        absent = [str(lo) for lo, hi in spans if not any(lo <= n <= hi for n in numbers)]
+        if absent:
+            raise NotFoundError(f"{url}: no committed step {', '.join(absent)}; there are {_few(numbers)}")
+        out = [c for c in out if any(lo <= c.commit.step <= hi for lo, hi in spans)]
+    if last is not None:
+        if not 1 <= last <= len(out):
+            raise NotFoundError(f"{url}: the last {last} steps are wanted, {len(out)} are there")
+        out = out[-last:]
+    return out
+
+
+def _url(backend: Backend) -> str:
+    return f"memory://{backend.root}" if type(backend).__name__ == "MemoryBackend" else backend.root
+
+
+def _few(numbers: Sequence[int]) -> str:
+    shown = [str(n) for n in numbers[-8:]]
+    return ", ".join(shown) + (" (the last 8)" if len(numbers) > 8 else "")
+
+
+def _spans(steps: str | Sequence[int]) -> list[tuple[float, float]]:
+    if not isinstance(steps, str):
+        return [(n, n) for n in steps]
+    out = []
+    for part in steps.split(","):
+        lo, colon, hi = part.strip().partition(":")
+        if not all(x == "" or x.isdecimal() for x in (lo, hi)) or not (lo or hi):
+            raise UsageError(f"steps {steps!r}: write them as 100,200,300:500, where 300:500 are all from 300 to 500")
+        out.append((float(lo or 0), float(hi or math.inf) if colon else float(lo)))
+    return out
+
+
+def _weigh(given: Weights, commits: Sequence[Commit], counts: Sequence[int]) -> tuple[Floats, str]:
+    """The weights, and how they are called."""
+    n = len(commits)
+    if callable(given):
+        w = maths.explicit(given(commits))
+        name = getattr(given, "__qualname__", type(given).__name__)
+        return _as_many(w, n), f"{getattr(given, '__module__', '')}.{name}"
+    if not isinstance(given, str):
+        return _as_many(maths.explicit(given), n), "explicit"
+    word, _, rest = given.strip().partition(":")
+    steps = [float(c.step) for c in commits]
+    if given == "uniform":
+        return maths.uniform(n), given
+    if given == "runs":
+        return maths.over_runs(counts), given
+    if word == "wsm":
+        if rest not in maths.DECAYS:
+            raise UsageError(f"no decay curve is called {rest!r}; there are {', '.join(maths.DECAYS)}")
+        return maths.wsm(steps, maths.DECAYS[rest]), given
+    if word == "ema":
+        return maths.ema(steps, _number(given, rest)), given
+    if word == "power":
+        return maths.power(steps, _number(given, rest)), given
+    if word == "edm":
+        return maths.power_ema([s + 1 for s in steps], _number(given, rest)), given
+    if word == "interpolate":
+        if n < 2:
+            raise UsageError("interpolation is between two checkpoints; name both")
+        first, other = maths.interpolate(_number(given, rest)).tolist()
+        return np.array([first, *[0.0] * (n - 2), other]), given
+    if word == "mwa":
+        return _mwa(given, rest, commits), given
+    numbers = [_number(given, part) for part in given.split(",")]
+    return _as_many(maths.explicit(numbers), n), "explicit"
+
+
+def _mwa(text: str, rest: str, commits: Sequence[Commit]) -> Floats:
+    metric, _, tail = rest.partition(",")
+    penalty, _, form = tail.partition(",")
+    if metric == "step":
+        values = [float(c.step + 1) for c in commits]
+    else:
+        absent = [str(c.step) for c in commits if metric not in c.metrics]
+        if absent:
+            raise NotFoundError(f"metric {metric!r} was not recorded at step {', '.join(absent[:8])}; leave them out")
+        values = [c.metrics[metric] for c in commits]
+    return maths.mwa(
+        values, _number(text, penalty), form or "power", higher_is_better=metric == "step" or _higher_is_better(metric)
+    )
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        return float(Fraction(part.strip()))
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f"weights {text!r}: {part!r} is no number; there are uniform, wsm:CURVE, ema:RATE, power:Q, edm:SIGMA, "
+            "mwa:METRIC,PENALTY[,FORM], runs, interpolate:AMOUNT, or numbers as 0.2,0.3,1/2"
+        ) from None
+
+
+def _as_many(w: Floats, n: int) -> Floats:
+    if len(w) != n:
+        raise UsageError(f"{len(w)} weights for {n} checkpoints")
+    return w

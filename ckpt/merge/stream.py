@@ -1,0 +1,195 @@
+"""A recipe's result, window by window in bounded memory: every checkpoint is read ahead, checked, and combined.
+
+`Blend` is a recipe whose checkpoints are open. What it yields depends on the stored elements alone, not on how the work
+is divided: see `ckpt.merge.arithmetic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.backends import Backend, backend_for
+from ckpt.catalog import parse_ref
+from ckpt.commit import Commit, read_commit, read_manifest
+from ckpt.errors import MismatchError
+from ckpt.format.codec import BLOCK
+from ckpt.format.fragment import Box
+from ckpt.format.manifest import Manifest
+from ckpt.merge.arithmetic import NotFinite, combine
+from ckpt.merge.recipe import Recipe
+from ckpt.merge.rules import Match, base_of, match
+from ckpt.merge.weights import Floats
+from ckpt.offline.window import Part, Stream
+from ckpt.stored import ReadStats
+
+__all__ = ["Blend", "Feed", "Sent"]
+
+_AHEAD = 128 << 20  # bytes that all checkpoints together hold in windows
+
+Bytes = npt.NDArray[np.uint8]
+Boxes = Sequence[tuple[int, Box]]
+Progress = Callable[[int], None]
+
+
+class Blend:
+    """A recipe with its checkpoints open. `manifest`: what the result consists of, as the base stores it.
+
+    Raises NotFoundError, IntegrityError or FormatError for checkpoints that are gone or damaged, MismatchError for one
+    that is not the one that the recipe was made of.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.stats = recipe, ReadStats()
+        self.backends: list[Backend] = []
+        self.commits: list[Commit] = []
+        self.manifests: list[Manifest] = []
+        try:
+            for term in recipe.terms:
+                parsed = parse_ref(term.ref)
+                self.backends.append(backend_for(parsed.run))
+                commit = read_commit(self.backends[-1], parsed.which)
+                if f"{commit.manifest_crc:08x}" != term.manifest:
+                    raise MismatchError(
+                        f"{term.ref} is not the checkpoint that recipe {recipe.method!r} was made of; make the recipe anew"
+                    )
+                self.commits.append(commit)
+                self.manifests.append(read_manifest(self.backends[-1], commit))
+            self.manifests[-1] = base_of(recipe, self.manifests[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.manifests[-1]
+
+    @property
+    def commit(self) -> Commit:
+        """The base's."""
+        return self.commits[-1]
+
+    def match(self, wanted: Sequence[int] | None = None) -> Match:
+        """See `ckpt.merge.rules.match`."""
+        return match(self.recipe, self.manifests, wanted)
+
+    def copied(self, boxes: Boxes) -> Generator[Part, None, None]:
+        """The content of boxes of the base, (index of the tensor in `manifest`, box)."""
+        stream = Stream(self.backends[-1], self.commit.folder, self.manifest, boxes, limit=_AHEAD // 8)
+        try:
+            for window in stream:
+                yield from window
+        finally:
+            self._count([stream])
+
+    def averaged(self, boxes: Boxes, sources: Match) -> Generator[Part, None, None]:
+        """The average's content of boxes, (index of the tensor in `manifest`, box), of leaves that have sources."""
+        for window in self.weighed(boxes, sources, self.recipe.weights[None, :]):
+            for rows in window:
+                yield rows[0]
+
+    def weighed(self, boxes: Boxes, sources: Match, weights: Floats) -> Iterator[list[list[Part]]]:
+        """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
+
+        Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 256 MiB
+        at most, times 1 + rows / terms, and 4 MiB of scratch for each term.
+        """
+        n = len(self.recipe.terms)
+        limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)
+        streams = [
+            Stream(b, c.folder, m, [(sources.sources[t][k], box) for t, box in boxes], limit=limit)
+            for k, (b, c, m) in enumerate(zip(self.backends, self.commits, self.manifests, strict=True))
+        ]
+        room = [
+            np.empty(min(limit, sum(map(_aligned, streams[-1].sizes))), dtype=np.uint8) for _ in range(len(weights))
+        ]
+        try:
+            for windows in zip(*streams, strict=True):
+                yield self._window(windows, boxes, weights, room)
+        finally:
+            self._count(streams)
+
+    def _window(
+        self, windows: Sequence[list[Part]], boxes: Boxes, weights: Floats, room: Sequence[Bytes]
+    ) -> list[list[Part]]:
+        """One window of all checkpoints, combined into `room`, an array for each row of weights."""
+        at = 0
+        out = []
+        for parts in zip(*windows, strict=True):
+            base = parts[-1]
+            results = [r[at : at + len(base.data)] for r in room]
+            self._combine([p.data for p in parts], weights, boxes[base.index][0], results)
+            out.append([Part(base.index, base.start, r) for r in results])
+            at += _aligned(len(base.data))
+        return out
+
+    def _combine(self, blocks: Sequence[Bytes], weights: Floats, tensor: int, out: Sequence[Bytes]) -> None:
+        spec = self.manifest.tensors[tensor]
+        try:
+            combine(blocks, weights, spec.dtype, out)
+        except NotFinite as e:
+            steps = ", ".join(str(self.recipe.terms[k].step) for k in e.inputs)
+            what = f"holds infinities or NaN in step {steps}" if steps else f"comes out too large for {spec.dtype}"
+            raise MismatchError(
+                f"tensor {spec.key!r} {what}; leave such steps out, or take it from the last one (latest)"
+            ) from None
+
+    def _count(self, streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            self.stats.needed += stream.stats.needed
+            self.stats.read += stream.stats.read
+
+    def close(self) -> None:
+        for backend in self.backends:
+            backend.close()
+
+    def __enter__(self) -> Blend:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+class Feed:
+    """Parts that come in order, handed out as `write_pack` asks for them: in the same order, in pieces of its own."""
+
+    def __init__(self, parts: Generator[Part, None, None]) -> None:
+        self._parts = parts
+        self._part: Part | None = None
+
+    def copy(self, index: int, start: int, out: Bytes) -> None:
+        """Copies bytes [start, start + len(out)) of box `index`."""
+        done = 0
+        while done < len(out):
+            part = self._part
+            at = start + done - part.start if part is not None and part.index == index else -1
+            if part is None or not 0 <= at < len(part.data):
+                self._part = next(self._parts)
+                continue
+            n = min(len(out) - done, len(part.data) - at)
+            out[done : done + n] = part.data[at : at + n]
+            done += n
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._parts.close()
+
+
+class Sent:
+    """A fragment to write whose bytes come through a feed: a `ckpt.write.Source`."""
+
+    def __init__(self, feed: Feed, index: int, nbytes: int, progress: Progress | None) -> None:
+        self._feed, self._index, self._progress = feed, index, progress
+        self.nbytes, self.flat = nbytes, None
+
+    def into(self, start: int, out: Bytes) -> None:
+        self._feed.copy(self._index, start, out)
+        if self._progress is not None:
+            self._progress(len(out))
