@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from ckpt.format.layout import Layout
     from ckpt.loading import LoadReport
+    from ckpt.merge.recipe import Recipe, average
+    from ckpt.merge.write import MergeReport, materialise
     from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
     from ckpt.rng import RNG
     from ckpt.saving import SaveReport
@@ -58,12 +60,14 @@ __all__ = [
     "Layout",
     "LayoutError",
     "LoadReport",
+    "MergeReport",
     "MismatchError",
     "NotFoundError",
     "PeerError",
     "PerCoordinate",
     "PerRank",
     "Pickled",
+    "Recipe",
     "Replicated",
     "SaveHandle",
     "SaveReport",
@@ -74,7 +78,9 @@ __all__ = [
     "VersionError",
     "adapters",
     "async_save",
+    "average",
     "load",
+    "materialise",
     "open",
     "save",
 ]
@@ -85,10 +91,14 @@ _HOME = {
     "Checkpointer": "checkpointer",
     "CloseReport": "checkpointer",
     "LoadReport": "loading",
+    "MergeReport": "merge.write",
+    "Recipe": "merge.recipe",
     "SaveReport": "saving",
     "SaveHandle": "background",
     "async_save": "checkpointer",
+    "average": "merge.recipe",
     "load": "checkpointer",
+    "materialise": "merge.write",
     "save": "checkpointer",
     "Every": "config",
     "KeepBest": "catalog",

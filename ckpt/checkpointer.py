@@ -21,6 +21,7 @@ from ckpt.format.codec import CodecRule, parse_codecs
 from ckpt.keeping import Schedule
 from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_ref
+from ckpt.merge.recipe import Recipe
 from ckpt.restoring import restore_newest
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
@@ -82,7 +83,7 @@ def async_save(
 
 def load(
     state: Any,
-    ref: str | os.PathLike[str],
+    ref: str | os.PathLike[str] | Recipe,
     *,
     only: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
@@ -93,7 +94,8 @@ def load(
 ) -> LoadReport:
     """Loads a checkpoint into a state, in place, whatever the parallelism it was saved from.
 
-    ref      a run (its latest step), run@latest, run@best, run@1000, or one step's URL
+    ref      a run (its latest step), run@latest, run@best, run@1000, or one step's URL; or a recipe, as `ckpt.average`
+             makes one, whose checkpoints are then combined on the way
     The other arguments are those of `ckpt.loading.LoadOptions`. Collective if a process group is up.
 
     Raises, on every rank: NotFoundError; MismatchError, listing everything that is missing, unexpected, or of

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ import numpy as np
 from ckpt.backends import Backend, backend_for
 from ckpt.catalog import resolve
 from ckpt.collective import Group
-from ckpt.commit import Commit, read_commit, read_manifest
+from ckpt.commit import read_commit, read_manifest
 from ckpt.config import undisturbed
 from ckpt.errors import MismatchError
 from ckpt.fill import Fill, fill, ranks_here
+from ckpt.merge.load import fill_blend
+from ckpt.merge.recipe import Recipe
+from ckpt.merge.stream import Blend
 from ckpt.snapshot.fence import fence_here
 from ckpt.stored import ReadStats
 from ckpt.targets import LoadOptions, Matching, matches
@@ -35,7 +38,8 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did, on this rank. Bytes asked for, bytes read (checksummed blocks, headers and tables included)."""
+    """What a load did, on this rank. Bytes asked for, bytes read (checksummed blocks, headers and tables included); of a
+    recipe those of all its checkpoints, and `ref` is the one that it is based on."""
 
     ref: str
     step: int
@@ -49,8 +53,11 @@ class LoadReport:
     notes: tuple[str, ...]
 
 
-def load_ref(state: Any, ref: str | os.PathLike[str], options: LoadOptions, group: Group) -> LoadReport:
-    """Loads what a ref names into a state; collective over `group`."""
+def load_ref(state: Any, ref: str | os.PathLike[str] | Recipe, options: LoadOptions, group: Group) -> LoadReport:
+    """Loads what a ref names, or what a recipe comes to, into a state; collective over `group`."""
+    if isinstance(ref, Recipe):
+        text = group.round("recipe", b"", lambda _: ref.to_json().encode()).decode()
+        return _load(state, lambda: Blend(Recipe.from_json(text)), ref.base.ref, options, group)
 
     def decide(_: list[bytes]) -> bytes:
         backend, commit = resolve(ref)
@@ -61,39 +68,66 @@ def load_ref(state: Any, ref: str | os.PathLike[str], options: LoadOptions, grou
     return load_folder(state, backend, folder, options, group)
 
 
-@undisturbed()
+class _Stored:
+    """One committed step as what a load reads from; `ckpt.merge.stream.Blend` is the other."""
+
+    def __init__(self, backend: Backend, folder: str) -> None:
+        self.backend, self.commit = backend, read_commit(backend, folder)
+        self.manifest = read_manifest(backend, self.commit)
+
+    def close(self) -> None:
+        self.backend.close()
+
+
 def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions, group: Group) -> LoadReport:
     """Loads one committed step into a state, in place; collective over `group`.
 
     Raises, on every rank: MismatchError with all differences before anything is touched; IntegrityError or
     FormatError for bytes that are not what was written (the state's content is then undefined).
     """
+    return _load(state, lambda: _Stored(backend, folder), f"{backend.root}/{folder}", options, group)
+
+
+@undisturbed()
+def _load(
+    state: Any, opened: Callable[[], _Stored | Blend], ref: str, options: LoadOptions, group: Group
+) -> LoadReport:
     began = time.monotonic()
-    commit: Commit | None = None
+    source: _Stored | Blend | None = None
     plan: Matching | None = None
     payload: bytes | Exception
     try:
-        commit = read_commit(backend, folder)
-        manifest = read_manifest(backend, commit)
-        plan = Matching(manifest, options, group)
+        source = opened()
+        plan = Matching(source.manifest, options, group)
         plan.visit(state)
+        found = source.match([w.tensor for w in plan.tensors.values()]) if isinstance(source, Blend) else None
         payload = plan.letter()
     except Exception as e:
         payload = e
+    folder = ref.rpartition("/")[2]
     alone = group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options))
-    assert commit is not None and plan is not None
+    assert source is not None and plan is not None
     stats = ReadStats()
     try:
-        stats = _read(backend, folder, plan, alone == b"alone")
-        backend.close()  # an open file would keep a pack that retention deletes
+        wanted = _begin(plan)
+        if isinstance(source, Blend) and found is not None:
+            stats = fill_blend(source, found, wanted, group.world)
+        elif isinstance(source, _Stored):
+            stats = fill(
+                source.backend, source.commit.folder, plan.manifest, wanted, group.world, alone=alone == b"alone"
+            )
+        for action in plan.finish:
+            action()
+        source.close()  # an open file would keep a pack that retention deletes
         payload = b""
     except Exception as e:
         payload = e
     group.round(f"loaded {folder}", payload, lambda _: b"")
     for note in plan.notes:
         log.warning("ckpt: %s", note)
+    commit = source.commit
     return LoadReport(
-        ref=f"{backend.root}/{folder}",
+        ref=ref,
         step=commit.step,
         generation=commit.generation,
         tensors=len(plan.tensors),
@@ -153,18 +187,14 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
     return b"alone" if needed <= 1.1 * once * hosts else b""
 
 
-def _read(backend: Backend, folder: str, plan: Matching, alone: bool) -> ReadStats:
-    """Reads every tensor in place, then sets the values."""
+def _begin(plan: Matching) -> list[Fill]:
+    """What is to be read, and where to, once all ranks agreed."""
     fence_here().wait()  # an unfinished snapshot must not see what is loaded
     for action in plan.begin:
         action()
-    wanted = [
+    return [
         Fill(target.tensor, box, view)
         for target in plan.tensors.values()
         for box, view in target.held.pieces
         if view.numel()
     ]
-    stats = fill(backend, folder, plan.manifest, wanted, plan.group.world, alone=alone)
-    for action in plan.finish:
-        action()
-    return stats
