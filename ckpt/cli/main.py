@@ -11,7 +11,7 @@ from ckpt import __version__
 from ckpt.cli.change import export, import_, prune, reshard
 from ckpt.cli.details import inspect
 from ckpt.cli.look import diff, ls, verify
-from ckpt.cli.merge import average
+from ckpt.cli.merge import average, search
 from ckpt.cli.report import report
 from ckpt.cli.run import run
 from ckpt.cli.shell import Shell
@@ -51,7 +51,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, report, run, reshard, average, export, import_, prune):
+for _verb in (ls, inspect, verify, diff, report, run, reshard, average, search, export, import_, prune):
     cli.add_command(_verb)
 
 

@@ -1,22 +1,24 @@
-"""Verbs that make better weights out of many: average."""
+"""Verbs that make better weights out of many: average, search."""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from ckpt.cli.change import processes
-from ckpt.cli.shell import first_process, verb
+from ckpt.cli.shell import first_process, run_backend, verb
 from ckpt.cli.show import columns, count, emit, plain, progress, size
 from ckpt.errors import UsageError
 
 if TYPE_CHECKING:
     from ckpt.merge.recipe import Recipe
 
-__all__ = ["average"]
+__all__ = ["average", "search"]
 
 _MOMENTS = click.Choice(["latest", "averaged", "reset"])
 
@@ -159,3 +161,97 @@ def _show(recipe: Recipe, as_json: bool) -> int:
     for word, some in (("averaged", averaged), ("copied from the last", copied)):
         click.echo(f"{word}: {count(len(some), 'tensor')}, {size(sum(s.nbytes for s in some))}")
     return 0
+
+
+@verb("search")
+@click.argument("refs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--objective", required=True, metavar="MODULE:FUNCTION", help="Scores a state dict; lower is better.")
+@click.option("--held-out", metavar="MODULE:FUNCTION", help="The same on other data: reported, never chosen by.")
+@click.option("--method", type=click.Choice(["ladder", "lcsc", "cma"]), default="lcsc", show_default=True)
+@click.option("--budget", type=click.IntRange(min=1), default=200, show_default=True, help="Evaluations, at most.")
+@click.option("--to", "dst", metavar="DST", help="The run that gets the best combination.")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N steps of a run.")
+@click.option("--steps", metavar="LIST", help="Only these steps of a run: 100,200 or 100:500, both included.")
+@click.option(
+    "--moments", type=click.Choice(["latest", "reset"]), help="State of optimizers: of the last step, or left out."
+)
+@click.option("--only", multiple=True, metavar="GLOB", help="Combine only these leaves; the rest is the last step's.")
+@click.option("--latest", multiple=True, metavar="GLOB", help="Take these leaves from the last step.")
+@click.option(
+    "--population", type=click.IntRange(min=4), default=16, show_default=True, help="Candidates of a generation."
+)
+@click.option("--clip", type=float, default=4.0, show_default=True, help="Bound of the coefficients.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--journal", metavar="FILE", help="Keeps the scores; a search that was cut short goes on from it.")
+@click.option("--scratch", metavar="DIR", help="Holds the candidates of a generation; the system's temporary folder.")
+@click.option("--step", type=click.IntRange(min=0), help="The step's number in DST; that of the last step by default.")
+def search(
+    refs: tuple[str, ...],
+    objective: str,
+    held_out: str | None,
+    method: str,
+    budget: int,
+    dst: str | None,
+    last: int | None,
+    steps: str | None,
+    moments: str | None,
+    only: tuple[str, ...],
+    latest: tuple[str, ...],
+    population: int,
+    clip: float,
+    seed: int,
+    journal: str | None,
+    scratch: str | None,
+    step: int | None,
+    as_json: bool,
+) -> int:
+    """Search for the combination of checkpoints that scores best.
+
+    Tries what is cheap first: each checkpoint alone, means of the last k, decay curves, EMAs, a greedy soup. Then goes on
+    from the best of them with evolution (lcsc) or CMA-ES (cma) over all affine combinations, negative ones too. FUNCTION
+    gets a mapping from names to tensors (`state.under("model")` is what model.load_state_dict takes) and returns a number.
+    """
+    from ckpt.collective import Solo
+    from ckpt.merge import search as room
+    from ckpt.merge.write import materialise
+
+    if dst:
+        run_backend(dst).close()  # before anything is spent on a name that cannot be written to
+    score, other = room.objective_of(objective), room.objective_of(held_out) if held_out else None
+    with _counted(budget, show=not as_json and sys.stderr.isatty()) as tell:
+        found = room.search(
+            refs, score, method=method, budget=budget, held_out=other, last=last, steps=steps, moments=moments or "",
+            only=only, latest=latest, population=population, clip=clip, seed=seed, journal=journal, scratch=scratch,
+            progress=tell,
+        )  # fmt: skip
+    told = {"search_score": found.best.score, "held_out_score": found.best.held_out}
+    metrics = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
+    written = materialise(found.recipe, dst, group=Solo(), step=step, metrics=metrics) if dst else None
+    if as_json:
+        emit({**plain(found), "written": plain(written)})
+        return 0
+    rows = [[t.name, f"{t.score:.6g}", "" if t.held_out is None else f"{t.held_out:.6g}"] for t in found.trials]
+    click.echo(columns(("COMBINATION", "SEARCH", "HELD OUT"), rows, "<>>"))
+    click.echo(
+        f"{count(found.evaluations, 'evaluation')}; best: {found.best.name}" + (f"; {written.ref}" if written else "")
+    )
+    if other is None:
+        click.echo("no --held-out: the best score is better than it would be on other data")
+    return 0
+
+
+@contextmanager
+def _counted(total: int, *, show: bool) -> Iterator[Callable[[int], None] | None]:
+    """A count of evaluations on standard error; gives what to call with each number of them done."""
+    if not show:
+        yield None
+        return
+    done = 0
+
+    def tell(n: int) -> None:
+        nonlocal done
+        done += n
+        click.echo(f"\r{done} of {total} evaluations", nl=False, err=True)
+
+    yield tell
+    click.echo("\r" + " " * 40 + "\r", nl=False, err=True)
