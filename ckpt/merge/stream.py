@@ -19,7 +19,7 @@ from ckpt.errors import MismatchError
 from ckpt.format.codec import BLOCK
 from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest
-from ckpt.merge.arithmetic import NotFinite, combine
+from ckpt.merge.arithmetic import NotFinite, Room, combine
 from ckpt.merge.recipe import Recipe
 from ckpt.merge.rules import Match, base_of, match
 from ckpt.merge.weights import Floats
@@ -28,7 +28,7 @@ from ckpt.stored import ReadStats
 
 __all__ = ["Blend", "Feed", "Sent"]
 
-_AHEAD = 128 << 20  # bytes that all checkpoints together hold in windows
+_AHEAD = 32 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
 
 Bytes = npt.NDArray[np.uint8]
 Boxes = Sequence[tuple[int, Box]]
@@ -44,6 +44,7 @@ class Blend:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.stats = recipe, ReadStats()
+        self._room = Room()
         self.backends: list[Backend] = []
         self.commits: list[Commit] = []
         self.manifests: list[Manifest] = []
@@ -78,7 +79,7 @@ class Blend:
 
     def copied(self, boxes: Boxes) -> Generator[Part, None, None]:
         """The content of boxes of the base, (index of the tensor in `manifest`, box)."""
-        stream = Stream(self.backends[-1], self.commit.folder, self.manifest, boxes, limit=_AHEAD // 8)
+        stream = Stream(self.backends[-1], self.commit.folder, self.manifest, boxes, limit=_AHEAD // 4)
         try:
             for window in stream:
                 yield from window
@@ -94,8 +95,8 @@ class Blend:
     def weighed(self, boxes: Boxes, sources: Match, weights: Floats) -> Iterator[list[list[Part]]]:
         """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
 
-        Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 256 MiB
-        at most, times 1 + rows / terms, and 4 MiB of scratch for each term.
+        Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 64 MiB for
+        windows, 32 MiB times rows / terms, and 4 MiB of scratch for each term.
         """
         n = len(self.recipe.terms)
         limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)
@@ -129,7 +130,7 @@ class Blend:
     def _combine(self, blocks: Sequence[Bytes], weights: Floats, tensor: int, out: Sequence[Bytes]) -> None:
         spec = self.manifest.tensors[tensor]
         try:
-            combine(blocks, weights, spec.dtype, out)
+            combine(blocks, weights, spec.dtype, out, self._room)
         except NotFinite as e:
             steps = ", ".join(str(self.recipe.terms[k].step) for k in e.inputs)
             what = f"holds infinities or NaN in step {steps}" if steps else f"comes out too large for {spec.dtype}"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.format.dtypes import dtype
-from ckpt.merge.arithmetic import AVERAGED, NotFinite, combine
+from ckpt.merge.arithmetic import AVERAGED, NotFinite, Room, combine
 
 KINDS = sorted(AVERAGED)
 
@@ -45,7 +45,7 @@ def made(kind: str, n: int, count: int, seed: int) -> list[npt.NDArray[np.uint8]
 def mixed(blocks: list[npt.NDArray[np.uint8]], weights: Any, kind: str) -> list[npt.NDArray[np.uint8]]:
     rows = np.atleast_2d(np.array(weights, dtype=np.float64))
     out = [np.empty_like(blocks[0]) for _ in rows]
-    combine(blocks, rows, kind, out)
+    combine(blocks, rows, kind, out, Room())
     return out
 
 
