@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     )
     from ckpt.format.layout import Layout
     from ckpt.loading import LoadReport
-    from ckpt.merge.recipe import Recipe, average
+    from ckpt.merge.recipe import Recipe, average, posthoc
+    from ckpt.merge.search import SearchReport, search
     from ckpt.merge.write import MergeReport, materialise
     from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
     from ckpt.rng import RNG
@@ -71,6 +72,7 @@ __all__ = [
     "Replicated",
     "SaveHandle",
     "SaveReport",
+    "SearchReport",
     "Shard",
     "StorageError",
     "UnsafeError",
@@ -82,7 +84,9 @@ __all__ = [
     "load",
     "materialise",
     "open",
+    "posthoc",
     "save",
+    "search",
 ]
 
 _HOME = {
@@ -94,12 +98,15 @@ _HOME = {
     "MergeReport": "merge.write",
     "Recipe": "merge.recipe",
     "SaveReport": "saving",
+    "SearchReport": "merge.search",
     "SaveHandle": "background",
     "async_save": "checkpointer",
     "average": "merge.recipe",
     "load": "checkpointer",
     "materialise": "merge.write",
+    "posthoc": "merge.recipe",
     "save": "checkpointer",
+    "search": "merge.search",
     "Every": "config",
     "KeepBest": "catalog",
     "KeepEvery": "catalog",

@@ -28,7 +28,7 @@ from ckpt.stored import ReadStats
 
 __all__ = ["Blend", "Feed", "Sent"]
 
-_AHEAD = 32 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
+_AHEAD = 64 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
 
 Bytes = npt.NDArray[np.uint8]
 Boxes = Sequence[tuple[int, Box]]
@@ -95,8 +95,8 @@ class Blend:
     def weighed(self, boxes: Boxes, sources: Match, weights: Floats) -> Iterator[list[list[Part]]]:
         """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
 
-        Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 64 MiB for
-        windows, 32 MiB times rows / terms, and 4 MiB of scratch for each term.
+        Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 128 MiB for
+        windows, 64 MiB times rows / terms, and 4 MiB of scratch for each term.
         """
         n = len(self.recipe.terms)
         limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)

@@ -75,7 +75,7 @@ def materialise(
     metrics   of the result; those of the base are of other weights, and are not taken over
     progress  is told the bytes of tensors that this process writes
 
-    Sums are float32 (float64 where that is stored), rounded once to the stored type. Memory: 112 MiB of windows, 4 MiB
+    Sums are float32 (float64 where that is stored), rounded once to the stored type. Memory: 208 MiB of windows, 4 MiB
     for each term, the writer's ring, and a line for each fragment. `ckpt.merge.rules` tells what becomes of each leaf; the
     recipe is the object `RECIPE` of the result.
 
