@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ckpt.backends import Backend
-from ckpt.catalog import _higher_is_better, lineage, list_run, parse_ref, resolve, with_ledger
-from ckpt.commit import Commit
+from ckpt.backends import Backend, backend_for
+from ckpt.catalog import Step, _higher_is_better, lineage, list_run, parse_ref, resolve, with_ledger
+from ckpt.commit import Commit, read_commit
 from ckpt.errors import FormatError, NotFoundError, UsageError
 from ckpt.merge import weights as maths
 from ckpt.merge.weights import Floats
@@ -215,36 +215,38 @@ def choose(
 
 def _chosen(ref: str, last: int | None, steps: str | Sequence[int] | None) -> list[Chosen]:
     parsed = parse_ref(ref)
-    backend, commit = resolve(ref)  # says what is there instead, if it is not
+    if parsed.run != ref.rstrip("/"):
+        backend, commit = resolve(ref)
+        backend.close()
+        return [Chosen(_url(backend), commit)]
+    backend = backend_for(parsed.run)
     try:
-        url = _url(backend)
-        if parsed.run != ref.rstrip("/"):
-            return [Chosen(url, commit)]
-        found = lineage(with_ledger(backend, list_run(backend)))[::-1]
+        url, found = _url(backend), lineage(with_ledger(backend, list_run(backend)), damaged=True)[::-1]
+        if not found:
+            resolve(ref)  # says what there is instead
+        if steps is not None:
+            spans = _spans(steps)
+            absent = [str(int(lo)) for lo, hi in spans if not any(lo <= s.step <= hi for s in found)]
+            if absent:
+                raise NotFoundError(f"{url}: no committed step {', '.join(absent)}; there are {_few(found)}")
+            found = [s for s in found if any(lo <= s.step <= hi for lo, hi in spans)]
+        if last is not None:
+            if not 1 <= last <= len(found):
+                raise NotFoundError(f"{url}: the last {last} steps are wanted, {len(found)} are there")
+            found = found[-last:]
+        # A damaged commit is never passed over: an average of fewer, or of others, is not what was asked for.
+        return [Chosen(url, s.commit or read_commit(backend, s.folder)) for s in found]
     finally:
         backend.close()
-    out = [Chosen(url, s.commit) for s in found if s.commit is not None]
-    if steps is not None:
-        spans = _spans(steps)
-        numbers = [c.commit.step for c in out]
-        absent = [str(lo) for lo, hi in spans if not any(lo <= n <= hi for n in numbers)]
-        if absent:
-            raise NotFoundError(f"{url}: no committed step {', '.join(absent)}; there are {_few(numbers)}")
-        out = [c for c in out if any(lo <= c.commit.step <= hi for lo, hi in spans)]
-    if last is not None:
-        if not 1 <= last <= len(out):
-            raise NotFoundError(f"{url}: the last {last} steps are wanted, {len(out)} are there")
-        out = out[-last:]
-    return out
 
 
 def _url(backend: Backend) -> str:
     return f"memory://{backend.root}" if type(backend).__name__ == "MemoryBackend" else backend.root
 
 
-def _few(numbers: Sequence[int]) -> str:
-    shown = [str(n) for n in numbers[-8:]]
-    return ", ".join(shown) + (" (the last 8)" if len(numbers) > 8 else "")
+def _few(steps: Sequence[Step]) -> str:
+    shown = [str(s.step) for s in steps[-8:]]
+    return ", ".join(shown) + (" (the last 8)" if len(steps) > 8 else "")
 
 
 def _spans(steps: str | Sequence[int]) -> list[tuple[float, float]]:

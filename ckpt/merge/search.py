@@ -126,7 +126,7 @@ def search(
     said = {
         **{k: v for k, v in about.items() if k != "recipe"},
         "evaluations": counts[0],
-        "trials": [[t.name, t.score, t.held_out] for t in trials],
+        "trials": [[t.name, _told(t.score), _told(t.held_out)] for t in trials],
     }
     name = f"{method}:{won.name}"
     recipe = recipe_of(chosen, won.weights, name, moments=moments, only=only, latest=latest, said=said)
@@ -140,6 +140,11 @@ _Best = dict[str, tuple[float, Floats]]
 def _keep(best: _Best, kind: str, score: float, row: Floats) -> None:
     if kind not in best or _order(score) < _order(best[kind][0]):
         best[kind] = score, row
+
+
+def _told(score: float | None) -> float | None:
+    """As JSON has it."""
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _order(score: float) -> float:

@@ -45,13 +45,15 @@ class Blend:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.stats = recipe, ReadStats()
         self._room = Room()
+        self._open: dict[str, Backend] = {}
         self.backends: list[Backend] = []
         self.commits: list[Commit] = []
         self.manifests: list[Manifest] = []
         try:
             for term in recipe.terms:
                 parsed = parse_ref(term.ref)
-                self.backends.append(backend_for(parsed.run))
+                self.backends.append(self._open.get(parsed.run) or backend_for(parsed.run))
+                self._open[parsed.run] = self.backends[-1]  # one for a run: it bounds how many files are open
                 commit = read_commit(self.backends[-1], parsed.which)
                 if f"{commit.manifest_crc:08x}" != term.manifest:
                     raise MismatchError(
@@ -144,7 +146,7 @@ class Blend:
             self.stats.read += stream.stats.read
 
     def close(self) -> None:
-        for backend in self.backends:
+        for backend in self._open.values():
             backend.close()
 
     def __enter__(self) -> Blend:

@@ -452,6 +452,18 @@ def test_a_recipe_means_the_checkpoints_it_was_made_of(made: tuple[Path, Snapsho
         ckpt.load(fresh(), recipe)
 
 
+def test_a_damaged_commit_is_not_passed_over(made: tuple[Path, Snapshots], tmp_path: Path) -> None:
+    run = shutil.copytree(made[0], tmp_path / "run")
+    commit = run / "step-00000040.g0000/commit.json"
+    commit.write_bytes(commit.read_bytes().replace(b"40", b"41", 1))
+    for how in ({}, {"last": 2}, {"steps": "10:40"}):
+        with pytest.raises(ckpt.IntegrityError, match="step-00000040"):
+            ckpt.average(run, **how)
+    assert steps_of(ckpt.average(run, steps="10,20,50")) == [10, 20, 50]
+    with pytest.raises(ckpt.NotFoundError, match="no committed checkpoint"):
+        ckpt.average(tmp_path / "nothing")
+
+
 def test_a_step_that_exists_is_a_conflict(made: tuple[Path, Snapshots], tmp_path: Path) -> None:
     run = shutil.copytree(made[0], tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}

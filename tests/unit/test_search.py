@@ -194,6 +194,7 @@ def test_no_number_is_worst(run: Path) -> None:
         assert found.best.score == found.best.score
     nothing = search(run, lambda _: math.nan, budget=40)
     assert math.isnan(nothing.best.score)
+    assert "NaN" not in nothing.recipe.to_json()
 
 
 def test_coefficients_stay_within_the_clip(run: Path) -> None:
