@@ -150,8 +150,8 @@ def _show(recipe: Recipe, as_json: bool) -> int:
 
     with Blend(recipe) as blend:
         found, specs = blend.match(), blend.manifest.tensors
-        averaged = [specs[t] for t in found.sources]
-        copied = [s for t, s in enumerate(specs) if t not in found.sources]
+        averaged = [specs[t] for t in found]
+        copied = [s for t, s in enumerate(specs) if t not in found]
     if as_json:
         leaves = {"averaged": [s.key for s in averaged], "copied": [s.key for s in copied]}
         emit({"dry_run": True, "recipe": plain(recipe), **leaves})

@@ -9,14 +9,14 @@ import torch
 from ckpt.fill import Fill, fill
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import flat_boxes
-from ckpt.merge.rules import Match
+from ckpt.merge.rules import Sources
 from ckpt.merge.stream import Blend
 from ckpt.stored import ReadStats
 
 __all__ = ["fill_blend"]
 
 
-def fill_blend(blend: Blend, found: Match, wanted: Sequence[Fill], world: int) -> ReadStats:
+def fill_blend(blend: Blend, found: Sources, wanted: Sequence[Fill], world: int) -> ReadStats:
     """Fills all views with what a recipe comes to; what is only copied as `ckpt.fill.fill` does. Raises what that does,
     and MismatchError for a combination that is not finite.
 
@@ -26,10 +26,10 @@ def fill_blend(blend: Blend, found: Match, wanted: Sequence[Fill], world: int) -
         blend.backends[-1],
         blend.commit.folder,
         blend.manifest,
-        [w for w in wanted if w.tensor not in found.sources],
+        [w for w in wanted if w.tensor not in found],
         world,
     )
-    averaged = [w for w in wanted if w.tensor in found.sources]
+    averaged = [w for w in wanted if w.tensor in found]
     for part in blend.averaged([(w.tensor, w.box) for w in averaged], found):
         tensor, box, view = averaged[part.index]
         kind = blend.manifest.tensors[tensor].dtype

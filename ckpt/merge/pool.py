@@ -84,7 +84,7 @@ class Pool:
             self.names = {**m.by_key, **{a: m.by_key[b] for a, b in m.aliases.items() if b in m.by_key}}
             self.offsets: dict[int, int] = {}
             self._size = 0
-            for t in self._found.sources:
+            for t in self._found:
                 self.offsets[t] = self._size
                 self._size += -(-m.tensors[t].nbytes // _ALIGN) * _ALIGN
         except BaseException:
@@ -99,7 +99,7 @@ class Pool:
         """The combinations for rows of weights (terms,), from one pass. They replace those of the last call."""
         weights = np.array(rows, dtype=np.float64)
         m = self.blend.manifest
-        order = list(self._found.sources)
+        order = list(self._found)
         boxes = [(t, whole(m.tensors[t].shape)) for t in order]
         places = [self._memory(i) for i in range(len(weights))]
         for window in self.blend.weighed(boxes, self._found, weights):

@@ -13,8 +13,8 @@ other names, shapes or types     refused, all at once
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from ckpt.merge.arithmetic import AVERAGED
 from ckpt.merge.recipe import Recipe, Term
 from ckpt.offline.dcp_tree import optimizer_keys
 
-__all__ = ["NOTES", "Match", "base_of", "match"]
+__all__ = ["NOTES", "Sources", "base_of", "match"]
 
 NOTES = "__ckpt__."
 """Objects of tools, which speak of the checkpoint they are in."""
@@ -34,13 +34,8 @@ NOTES = "__ckpt__."
 _SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Match:
-    """Which leaves are averaged: `sources` maps the index of a tensor in the base to its index in each term's manifest
-    (the base's own last); the rest of `tensors` is copied."""
-
-    tensors: tuple[int, ...]
-    sources: dict[int, tuple[int, ...]]
+Sources = Mapping[int, tuple[int, ...]]
+"""For every leaf that is averaged: its index in the base -> its index in each term's manifest, the base's own last."""
 
 
 def base_of(recipe: Recipe, manifest: Manifest) -> Manifest:
@@ -74,8 +69,8 @@ def _only(m: Manifest, keep: npt.NDArray[np.bool_]) -> Manifest:
     )
 
 
-def match(recipe: Recipe, manifests: Sequence[Manifest], wanted: Sequence[int] | None = None) -> Match:
-    """Finds the leaves `wanted` of the base (all by default) in every checkpoint of a recipe.
+def match(recipe: Recipe, manifests: Sequence[Manifest], wanted: Sequence[int] | None = None) -> Sources:
+    """Finds those of the leaves `wanted` of the base (all by default) that are to be averaged, in every checkpoint.
 
     `manifests`: of each term, that of the base as `base_of` gives it. Raises MismatchError with everything that does not
     fit, UsageError where the recipe leaves open what becomes of optimizers.
@@ -104,7 +99,7 @@ def match(recipe: Recipe, manifests: Sequence[Manifest], wanted: Sequence[int] |
             f"the checkpoints of recipe {recipe.method!r} do not fit; nothing was read. {_told(problems)}. "
             "Choose others (steps), or take these leaves from the last one (latest)"
         )
-    return Match(tuple(indices), sources)
+    return sources
 
 
 def _check_moments(recipe: Recipe, specs: Sequence[TensorSpec], keys: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from ckpt.format.fragment import Box
 from ckpt.format.manifest import Manifest
 from ckpt.merge.arithmetic import NotFinite, Room, combine
 from ckpt.merge.recipe import Recipe
-from ckpt.merge.rules import Match, base_of, match
+from ckpt.merge.rules import Sources, base_of, match
 from ckpt.merge.weights import Floats
 from ckpt.offline.window import Part, Stream
 from ckpt.stored import ReadStats
@@ -75,7 +75,7 @@ class Blend:
         """The base's."""
         return self.commits[-1]
 
-    def match(self, wanted: Sequence[int] | None = None) -> Match:
+    def match(self, wanted: Sequence[int] | None = None) -> Sources:
         """See `ckpt.merge.rules.match`."""
         return match(self.recipe, self.manifests, wanted)
 
@@ -88,13 +88,13 @@ class Blend:
         finally:
             self._count([stream])
 
-    def averaged(self, boxes: Boxes, sources: Match) -> Generator[Part, None, None]:
+    def averaged(self, boxes: Boxes, sources: Sources) -> Generator[Part, None, None]:
         """The average's content of boxes, (index of the tensor in `manifest`, box), of leaves that have sources."""
         for window in self.weighed(boxes, sources, self.recipe.weights[None, :]):
             for rows in window:
                 yield rows[0]
 
-    def weighed(self, boxes: Boxes, sources: Match, weights: Floats) -> Iterator[list[list[Part]]]:
+    def weighed(self, boxes: Boxes, sources: Sources, weights: Floats) -> Iterator[list[list[Part]]]:
         """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
 
         Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 128 MiB for
@@ -103,7 +103,7 @@ class Blend:
         n = len(self.recipe.terms)
         limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)
         streams = [
-            Stream(b, c.folder, m, [(sources.sources[t][k], box) for t, box in boxes], limit=limit)
+            Stream(b, c.folder, m, [(sources[t][k], box) for t, box in boxes], limit=limit)
             for k, (b, c, m) in enumerate(zip(self.backends, self.commits, self.manifests, strict=True))
         ]
         room = [

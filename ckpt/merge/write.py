@@ -25,7 +25,7 @@ from ckpt.format.fragment import Box
 from ckpt.format.manifest import ObjectEntry
 from ckpt.format.pack import Piece, layout_pack
 from ckpt.merge.recipe import Recipe
-from ckpt.merge.rules import Match
+from ckpt.merge.rules import Sources
 from ckpt.merge.stream import Blend, Feed, Sent
 from ckpt.offline.recut import plan_ranks
 from ckpt.plan import Plan
@@ -121,8 +121,8 @@ def materialise(
         terms=len(recipe.terms),
         ranks=job.ranks,
         packs=answer["packs"],
-        averaged=len(job.match.sources),
-        copied=len(job.plan.tensors) - len(job.match.sources),
+        averaged=len(job.sources),
+        copied=len(job.plan.tensors) - len(job.sources),
         bytes=answer["bytes"],
         bytes_read=job.blend.stats.read,
         seconds=time.monotonic() - began,
@@ -139,7 +139,7 @@ class _Job:
     """One process's part of the work; on the leader, the decisions too."""
 
     blend: Blend
-    match: Match
+    sources: Sources
     plan: Plan
     codecs: list[Codec | None]
 
@@ -154,7 +154,7 @@ class _Job:
     def prepare(self, ranks: int | None) -> None:
         """Opens the checkpoints and plans. Raises for arguments and for checkpoints that do not go together."""
         self.blend = Blend(self.recipe)
-        self.match = self.blend.match()
+        self.sources = self.blend.match()
         m = self.blend.manifest
         self.ranks = m.world if ranks is None else ranks
         self.plan = plan_ranks(m, self.ranks)
@@ -181,17 +181,17 @@ class _Job:
         copied: list[tuple[int, Box]] = []
         sent: list[tuple[bool, int]] = []  # in file order, which is the order in which `write_pack` asks
         for i in layout.order.tolist():
-            mine = averaged if boxes[i][0] in self.match.sources else copied
+            mine = averaged if boxes[i][0] in self.sources else copied
             sent.append((mine is averaged, len(mine)))
             mine.append(boxes[i])
-        feeds = Feed(self.blend.copied(copied)), Feed(self.blend.averaged(averaged, self.match))
-        sources: list[Source] = [None] * len(pieces)  # type: ignore[list-item]
+        feeds = Feed(self.blend.copied(copied)), Feed(self.blend.averaged(averaged, self.sources))
+        given: list[Source] = [None] * len(pieces)  # type: ignore[list-item]
         for i, (is_averaged, place) in zip(layout.order.tolist(), sent, strict=True):
-            sources[i] = Sent(feeds[is_averaged], place, pieces[i].nbytes, progress)
+            given[i] = Sent(feeds[is_averaged], place, pieces[i].nbytes, progress)
         path = f"{self.folder}/{self.attempt}/rank-{rank:05d}.safetensors"
         try:
             self.ring = self.ring or Ring(settings())
-            return write_pack(self.target, path, pieces, sources, self.ring, layout)
+            return write_pack(self.target, path, pieces, given, self.ring, layout)
         finally:
             for feed in feeds:
                 feed.close()

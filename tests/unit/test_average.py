@@ -319,6 +319,17 @@ def test_training_resumes_from_the_result(made: tuple[Path, Snapshots], tmp_path
         assert RECIPE not in c.objects
 
 
+def test_an_average_can_be_averaged_again(made: tuple[Path, Snapshots], tmp_path: Path) -> None:
+    for step, how in enumerate(("uniform", "ema:0.9")):
+        recipe = ckpt.average(made[0], weights=how, moments="reset")
+        ckpt.materialise(recipe, tmp_path / "first", group=Solo(), step=step)
+    again = ckpt.average(tmp_path / "first", weights="interpolate:0.5", moments="reset")
+    ckpt.materialise(again, tmp_path / "second", group=Solo())
+    with ckpt.open(tmp_path / "second") as c:
+        assert recipe_in(c.objects) == again
+        assert c.verify().ok
+
+
 def saved(folder: Path, *states: dict[str, Any]) -> Path:
     for step, state in enumerate(states):
         ckpt.save(state, folder / "run", step=step)
