@@ -173,3 +173,34 @@ def test_under_mpiexec(run: Path, alone: Path, tmp_path: Path) -> None:
         pytest.skip("needs mpiexec beside this python")
     launched([str(mpiexec), "-n", "2", sys.executable, "-m", "ckpt.cli"], run, tmp_path / "dst")
     assert content(tmp_path / "dst") == content(alone)
+
+
+def _net(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(33, 50), torch.nn.Linear(50, 7, bias=False))
+
+
+def _sharded(rank: int, world: int, run: str, dst: str) -> dict[str, Any]:
+    """On a rank: the recipe into an FSDP2 model in place, and written by all ranks together."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = _net(99)
+    fully_shard(model)
+    recipe = ckpt.average(run, weights="0.7,-0.5,0.8")
+    ckpt.load({"model": model}, recipe)
+    report = ckpt.materialise(recipe, dst, ranks=3)
+    assert (report.packs, report.terms) == (3, 3)
+    return {n: v.full_tensor() for n, v in model.state_dict().items()}
+
+
+def test_fsdp2_loads_a_recipe_and_all_ranks_write_it(pool: Any, tmp_path: Path) -> None:
+    for step in range(3):
+        ckpt.save({"model": _net(step)}, tmp_path / "run", step=step)
+    recipe = average(tmp_path / "run", weights="0.7,-0.5,0.8")
+    materialise(recipe, tmp_path / "alone", group=Solo(), ranks=3)
+    results = pool.run(_sharded, str(tmp_path / "run"), str(tmp_path / "dst"), world=2)
+    assert content(tmp_path / "dst") == content(tmp_path / "alone")
+    with ckpt.open(tmp_path / "alone") as c:
+        for got in results:
+            for name, value in got.items():
+                assert torch.equal(value, c.tensors[f"model.{name}"][:])
