@@ -197,10 +197,21 @@ def test_no_number_is_worst(run: Path) -> None:
     assert "NaN" not in nothing.recipe.to_json()
 
 
-def test_coefficients_stay_within_the_clip(run: Path) -> None:
-    found = search(run, distance, budget=300, clip=0.25)
+@pytest.mark.parametrize("method", METHODS)
+def test_coefficients_stay_within_the_clip(run: Path, method: str) -> None:
+    found = search(run, distance, method=method, budget=300, clip=0.25)
     assert all(abs(w) <= 1 + 1e-12 for t in found.trials for w in t.weights[:-1])  # the ladder's own are up to 1
-    assert all(abs(w) <= 0.25 for w in next(t for t in found.trials if t.name == "lcsc").weights[:-1])
+    assert all(abs(w) <= 0.25 for w in next(t for t in found.trials if t.name == method).weights[:-1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("cma"), reason="extra")
+def test_a_search_that_has_nothing_new_to_try_ends(tmp_path: Path) -> None:
+    for step, w in enumerate(([1.0, 0.0], [0.0, 1.0], [0.0, 0.0])):
+        ckpt.save({"w": torch.tensor(w, dtype=torch.float64)}, tmp_path / "run", step=step)
+    goal = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    found = search(tmp_path / "run", lambda s: float((s["w"] - goal).norm()), method="cma", budget=10**6)
+    assert found.best.score < 1e-12
+    assert found.best.weights == pytest.approx((0.3, -0.2, 0.9), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Evolution, CmaEs])
