@@ -305,3 +305,14 @@ def test_the_verb(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "no --held-out" in shown.output
     assert CliRunner().invoke(cli, ["search", str(run), "--objective", "nothing"]).exit_code == 2
     assert CliRunner().invoke(cli, [*args[:-3], f"{run}@3"]).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", [Evolution, CmaEs])
+def test_a_strategy_keeps_away_from_what_has_no_score(kind: Any) -> None:
+    plan = kind(4, [np.full(4, 0.2)], population=12, clip=2.0, seed=5)
+    scores = [0.0]
+    for _ in range(40):
+        rows = plan.ask()
+        scores = [math.nan if r.max() > 0.45 else float(((r - 0.4) ** 2).sum()) for r in rows]
+        plan.tell(rows, scores)
+    assert np.nanmin(scores) < 0.05
