@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ckpt.errors import UsageError
 
-__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "Upload", "check_path"]
+__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "KeepsUploads", "Unfinished", "Upload", "check_path"]
 
 TEMPORARY = ".ckpt-tmp-"
 """How the names of files begin that a backend makes on the way to another; what a crash leaves of them is litter."""
@@ -24,7 +24,8 @@ Buffer = memoryview
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name below a prefix: a file or object of `size` bytes, modified at `modified` (seconds), or a folder."""
+    """One name below a prefix: a file or object of `size` bytes, modified at `modified` (seconds by this host's clock),
+    or a folder; where folders are only parts of names, as in object stores, theirs is 0.0."""
 
     name: str
     folder: bool
@@ -43,11 +44,36 @@ class Upload(Protocol):
         ...
 
     def finish(self, size: int | None = None) -> None:
-        """Makes the object durable, cut to `size` bytes if given. After it returns, it survives a power loss."""
+        """Makes the object durable, cut to `size` bytes if given. After it returns, it survives a power loss.
+
+        What was written beyond `size` is dropped, as long as no part of 5 MiB or more lies on both sides of it.
+        """
         ...
 
     def abort(self) -> None:
         """Gives up; removes what was written, as far as possible. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An upload to `path`, begun at `modified` (seconds by this host's clock), that was neither finished nor aborted."""
+
+    path: str
+    upload: str
+    modified: float
+
+
+@runtime_checkable
+class KeepsUploads(Protocol):
+    """What a backend serves besides, if unfinished uploads take room in its store where no listing shows them."""
+
+    def unfinished(self) -> list[Unfinished]:
+        """Every such upload below the root, whoever began it."""
+        ...
+
+    def discard(self, found: Unfinished) -> None:
+        """Removes what it has stored; nothing happens if it is gone. A writer that is still at it gets an error."""
         ...
 
 

@@ -66,6 +66,8 @@ def store(backend: Backend, path: str, data: bytes, part: int = 4 * PAGE) -> Non
 class BackendContract:
     """The verbs of `ckpt.backends.base.Backend`, one after the other."""
 
+    many = 100  # objects that are read from many threads; fewer where each takes milliseconds
+
     @pytest.fixture
     def make(self) -> Callable[[], Backend]:
         """Makes a backend; every call gives another one over the same, at first empty, root."""
@@ -255,12 +257,12 @@ class BackendContract:
             read(backend, "a", offset, *sizes)
 
     def test_reads_from_many_threads(self, backend: Backend) -> None:
-        data = [noise(30_000, i) for i in range(100)]
+        data = [noise(30_000, i) for i in range(self.many)]
         for i, d in enumerate(data):
             store(backend, f"a/{i}", d)
 
         def look(k: int) -> bool:
-            order = np.random.default_rng(k).permutation(100).tolist()
+            order = np.random.default_rng(k).permutation(self.many).tolist()
             return all(
                 read(backend, f"a/{i}", i, 9000, 9000) == [data[i][i : i + 9000], data[i][i + 9000 : i + 18000]]
                 for i in order
@@ -310,7 +312,7 @@ class BackendContract:
         assert [(e.name, e.folder) for e in backend.list("")] == [("run", True), ("runner", False)]
         assert backend.list("run/gen-0001.json") == [] and backend.list("ru") == []
         for e in backend.list("run"):
-            assert abs(e.modified - begun) < 600
+            assert abs(e.modified - begun) < 600 or (e.folder and e.modified == 0.0)
 
     # delete
 

@@ -30,7 +30,7 @@ def test_names_that_begin_alike_are_apart() -> None:
     assert backend_for(f"memory://{name}x").list("") == []
 
 
-@pytest.mark.parametrize("url", ["ftp://host/run", "s4://bucket/run", "://run", "C://run"])
+@pytest.mark.parametrize("url", ["nfs5://host/run", "s4://bucket/run", "://run", "C://run"])
 def test_unknown_schemes_are_named(url: str) -> None:
     with pytest.raises(UsageError, match="scheme"):
         backend_for(url)
