@@ -3,8 +3,9 @@ SHELL := /bin/bash
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test lint types check bench docs clean setup
+.PHONY: demo test lint types check bench docs clean setup s3-server
 
 setup: $(STAMP)
 
@@ -30,6 +31,11 @@ types: setup
 
 check: setup
 	$(PY) -m pytest
+
+# A real S3 server for the tests (radosgw): without it they use moto's server, and skip what that cannot do.
+s3-server:
+	command -v radosgw ceph-mon ceph-osd > /dev/null || { $(AS_ROOT) apt-get update -qq && \
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ceph-mon ceph-osd radosgw; }
 
 bench: setup
 	$(PY) -m benchmarks

@@ -45,7 +45,8 @@ class _Stream:
     windows: list[_Window] = field(default_factory=list)
 
     def close_to(self, offset: int) -> bool:
-        return self.position - _SLACK <= offset <= self.position + _SLACK
+        first = min([w.start for w in self.windows] + [self.position - _SLACK])
+        return first <= offset <= self.position + _SLACK
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +61,7 @@ class Ahead:
         self._get = get
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._streams: dict[str, list[_Stream]] = {}
+        self._sizes: dict[str, int] = {}
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> int:
@@ -98,15 +100,23 @@ class Ahead:
             _scatter(memoryview(data)[:at], into)
         return at
 
+    def told(self, path: str, size: int) -> int:
+        """Nothing is asked for beyond the size of an object, once that is known. Returns it."""
+        with self._lock:
+            self._sizes[path] = size
+        return size
+
     def forget(self, path: str) -> None:
-        """Lets go of what was read ahead of an object."""
+        """Lets go of what is known of an object."""
         with self._lock:
             self._streams.pop(path, None)
+            self._sizes.pop(path, None)
 
     def close(self) -> None:
         """Lets go of everything; the next read begins anew."""
         with self._lock:
             self._streams.clear()
+            self._sizes.clear()
         with self._starting:
             pool, self._pool = self._pool, None
         if pool is not None and pool[0] == os.getpid():
@@ -121,12 +131,13 @@ class Ahead:
             streams.append(_Stream(offset + n))
             del streams[:-_STREAMS]
             return []
-        stream.windows = [w for w in stream.windows if w.stop > stream.position - _SLACK]
+        stream.windows = [w for w in stream.windows if w.stop > stream.position - WINDOW]  # other threads
         stream.ahead = min(BUDGET // 2, max(_FIRST, 2 * stream.ahead))
         stream.position = max(stream.position, offset + n)
         upto = stream.windows[-1].stop if stream.windows else offset
-        while upto < stream.position + stream.ahead and not self._ended(stream):
-            size = min(WINDOW, max(_FIRST, stream.ahead))
+        end = self._sizes.get(path, upto + BUDGET)
+        while upto < min(end, stream.position + stream.ahead) and not self._ended(stream):
+            size = min(WINDOW, max(_FIRST, stream.ahead), end - upto)
             if not self._room(stream, size):
                 break
             window = _Window(upto, bytearray(size), Future())

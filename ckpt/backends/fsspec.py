@@ -97,7 +97,11 @@ class FsspecBackend:
             if hasattr(self._fs, "link"):
                 self._create_by_link(full, data)
             elif _exclusive.get(self._key):
-                self._fs.pipe_file(full, data, mode="create")
+                try:
+                    self._fs.pipe_file(full, data, mode="create")
+                except OSError:  # of s3fs, the same for a name that is taken as for others
+                    self._check_free(path)
+                    raise
             else:
                 with _one_at_a_time:
                     self._check_free(path)
@@ -189,7 +193,7 @@ class FsspecBackend:
             info = self._fs.info(self._at(path))
             if info["type"] == "directory":
                 raise NotFoundError(f"{self.root}/{path}: is a folder")
-            return int(info["size"])
+            return self._ahead.told(path, int(info["size"]))
 
     def list(self, prefix: str) -> list[Entry]:
         base = self._at(prefix) if prefix else self._base

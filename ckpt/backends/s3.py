@@ -139,7 +139,7 @@ class S3Backend:
         return data
 
     def size(self, path: str) -> int:
-        return int(self._call("head_object", path)["ContentLength"])
+        return self._ahead.told(path, int(self._call("head_object", path)["ContentLength"]))
 
     def list(self, prefix: str) -> list[Entry]:
         base = f"{self._key(prefix)}/" if prefix else f"{self._prefix}/".lstrip("/")

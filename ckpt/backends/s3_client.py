@@ -25,6 +25,7 @@ PATIENCE = 120.0
 
 _PAUSES = (0.05, 8.0)
 _PIECE = 1 << 20
+_SKEW = 5.0  # an answer tells whole seconds, and takes a while
 _TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}
 _AGAIN = frozenset(
     [
@@ -71,7 +72,7 @@ class Client:
              what they leave open comes from where all AWS tools find it
     """
 
-    def __init__(self, options: Mapping[str, Any], patience: float = PATIENCE) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
         try:
             import botocore.config
             import botocore.session
@@ -105,7 +106,7 @@ class Client:
             )
         except Exception as e:
             raise UsageError(f"s3://: {type(e).__name__}: {e}; check the AWS_ variables and ~/.aws") from None
-        self.patience = patience
+        self.patience = PATIENCE
         self.exclusive: dict[str, bool] = {}
         """Bucket -> whether its store keeps to create-only-if-absent, once that was tried."""
 
@@ -240,12 +241,13 @@ def _code(e: Exception) -> tuple[str, int]:
 
 
 def skew(answer: Mapping[str, Any]) -> float:
-    """Seconds by which this host's clock is ahead of the store's, as told by one of its answers; 0 if it does not."""
+    """Seconds by which this host's clock is ahead of the store's, as told by one of its answers, if they are many."""
     try:
         told = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
     except (KeyError, TypeError, ValueError):
         return 0.0
-    return time.time() - told
+    ahead = time.time() - told
+    return ahead if abs(ahead) > _SKEW else 0.0
 
 
 class _Body:

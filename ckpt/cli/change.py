@@ -278,4 +278,5 @@ def _show_plan(plan: Pruning) -> None:
 
 
 def _what(d: Doomed) -> str:
-    return {"step": "a committed step", "damaged": "a damaged step", "leftover": "never committed"}[d.kind]
+    kinds = {"step": "a committed step", "damaged": "a damaged step", "leftover": "never committed"}
+    return {**kinds, "upload": "an unfinished upload"}[d.kind]

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ckpt.backends import Backend
+from ckpt.backends.base import KeepsUploads, Unfinished
 from ckpt.catalog import (
     KeepBest,
     Listing,
@@ -28,7 +29,8 @@ __all__ = ["Doomed", "Pruning", "carry_out", "measure", "plan_prune"]
 
 @dataclass(frozen=True)
 class Doomed:
-    """Something to delete: `path` below the run; `kind` "step", "damaged" or "leftover"; its stored bytes."""
+    """Something to delete: `path` below the run; `kind` "step", "damaged", "leftover", or "upload" (one that was never
+    finished, with its id after a "?"; how much it has stored is not known); its stored bytes."""
 
     path: str
     kind: str
@@ -67,6 +69,7 @@ def plan_prune(backend: Backend, policies: Sequence[Policy], older_than: float, 
             if time.time() - newest >= older_than:
                 out.append(Doomed(s.folder, "damaged", nbytes))
     out += [Doomed(p, "leftover", measure(backend, p)[0]) for p in leftovers(backend, listing, older_than)]
+    out += [Doomed(f"{path}?{upload}", "upload", 0) for path, upload in _uploads(backend, older_than)]
     latest = present[0].folder if present else ""
     return Pruning(listing.run, latest, tuple(f for f, k in keep.items() if k), tuple(out))
 
@@ -118,7 +121,10 @@ def carry_out(
     for d in plan.delete:
         if (d.path, d.kind) not in still or (d.kind == "leftover" and _needed(backend, d.path)):
             continue
-        if d.kind == "leftover":
+        if d.kind == "upload" and isinstance(backend, KeepsUploads):
+            path, _, upload = d.path.rpartition("?")
+            backend.discard(Unfinished(path, upload, 0.0))
+        elif d.kind == "leftover":
             delete_tree(backend, d.path)
         else:
             delete_step(backend, d.path)
@@ -126,6 +132,15 @@ def carry_out(
         if progress is not None:
             progress(d.bytes)
     return Pruning(plan.run, again.latest, again.keep, tuple(done))
+
+
+def _uploads(backend: Backend, older_than: float) -> list[tuple[str, str]]:
+    """(path, id) of the uploads that nobody has finished for so long. No checkpoint can need them: it is committed
+    after all of its uploads are finished."""
+    if not isinstance(backend, KeepsUploads):
+        return []
+    before = time.time() - older_than
+    return [(u.path, u.upload) for u in backend.unfinished() if u.modified <= before]
 
 
 def _needed(backend: Backend, path: str) -> bool:
