@@ -34,7 +34,7 @@ check: setup
 
 # A real S3 server for the tests (radosgw): without it they use moto's server, and skip what that cannot do.
 s3-server:
-	command -v radosgw ceph-mon ceph-osd > /dev/null || { $(AS_ROOT) apt-get update -qq && \
+	command -v radosgw && command -v ceph-mon && command -v ceph-osd || { $(AS_ROOT) apt-get update -qq && \
 	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ceph-mon ceph-osd radosgw; }
 
 bench: setup
