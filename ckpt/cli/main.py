@@ -9,6 +9,7 @@ import click
 
 from ckpt import __version__
 from ckpt.cli.change import export, import_, prune, reshard
+from ckpt.cli.copy import cp
 from ckpt.cli.details import inspect
 from ckpt.cli.look import diff, ls, verify
 from ckpt.cli.merge import average, search
@@ -51,7 +52,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, report, run, reshard, average, search, export, import_, prune):
+for _verb in (ls, inspect, verify, diff, report, run, reshard, average, search, export, import_, cp, prune):
     cli.add_command(_verb)
 
 

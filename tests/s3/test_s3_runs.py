@@ -6,6 +6,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +133,13 @@ def test_an_upload_uses_few_requests(use: Callable[..., str], server: Any) -> No
         runs.save(S3Backend(url), 2)
         parts = len([r for r in between.seen if "partNumber" in r])
         assert parts > 1 and len(between.seen) <= parts + 3 + 5
+
+
+def test_copies_to_and_fro(url: str, tmp_path: Path) -> None:
+    ckpt.save(runs.state(1), tmp_path / "run", step=1, metrics={"loss": 1.0})
+    assert told("cp", tmp_path / "run", url)["copied"] == ["step-00000001.g0000"]
+    assert told("cp", tmp_path / "run", url)["copied"] == []
+    assert runs.check(url) == 1
+    told("cp", f"{url}@1", f"{url}-other")
+    told("cp", f"{url}-other", tmp_path / "back")
+    assert runs.everything(backend_for(str(tmp_path / "back"))) == runs.everything(backend_for(str(tmp_path / "run")))

@@ -1,0 +1,216 @@
+"""Checkpoints from one store to another, byte for byte: resumable, verified, the commit last.
+
+A step is copied under the names that it has. What stands at the destination already is not copied again if its bytes
+are those that the manifest says, which are read back for every pack, new or old, before the commit is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckpt.backends import Backend, backend_for
+from ckpt.catalog import delete_step, list_run, parse_ref, resolve
+from ckpt.checkpoint import Checkpoint
+from ckpt.commit import read_commit, read_manifest
+from ckpt.config import settings
+from ckpt.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+
+__all__ = ["CopyReport", "copy", "plan_copy"]
+
+_SMALL = 1 << 32
+_BUFFER = 16 << 20
+_THREADS = 4
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What a copy did, or would do. Step folders: `copied`; `present` before, with the same commit; `removed` because
+    the source has them no longer. `bytes`: of the packs that were sent."""
+
+    source: str
+    target: str
+    copied: tuple[str, ...]
+    present: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+def plan_copy(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, mirror: bool = False) -> CopyReport:
+    """What `copy` would do; `bytes` is an upper bound. Raises what it raises before it writes anything."""
+    source, target, folders, whole = _ends(src, dst)
+    copied, present, nbytes = [], [], 0
+    for folder in folders:
+        if _same(source, target, folder):
+            present.append(folder)
+        else:
+            copied.append(folder)
+            nbytes += read_commit(source, folder).bytes
+    removed: list[str] = []
+    if mirror:
+        if not whole:
+            raise UsageError("a mirror is one of a whole run; name the run, not a step of it")
+        removed = [s.folder for s in list_run(target).committed if s.folder not in folders]
+    return CopyReport(source.root, target.root, tuple(copied), tuple(present), tuple(removed), nbytes, 0.0)
+
+
+def copy(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    mirror: bool = False,
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Copies the run or the step that `src` names into the run `dst`, with its generations and metrics.
+
+    mirror    also deletes the committed steps of `dst` that the run `src` does not have
+    progress  is told the bytes of packs as they are sent, or found there
+
+    Started again after a failure, it goes on where it stopped. Holds 64 MiB. Raises UsageError, NotFoundError,
+    ConflictError (another step of the same name is there, or is being written), IntegrityError or FormatError (the
+    source is damaged, or what arrived is not what was sent), StorageError. What was committed until then stays.
+    """
+    began = time.monotonic()
+    plan = plan_copy(src, dst, mirror=mirror)
+    source, target, folders, whole = _ends(src, dst)
+    sent = 0
+    for name in _small(source, folders, whole):
+        _once(source, target, name)
+    for folder in plan.copied:
+        sent += _copy_step(source, target, folder, progress)
+    for folder in plan.removed:
+        delete_step(target, folder)
+    source.close()
+    target.close()
+    return CopyReport(plan.source, plan.target, plan.copied, plan.present, plan.removed, sent, time.monotonic() - began)
+
+
+def _ends(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> tuple[Backend, Backend, list[str], bool]:
+    """(source, target, step folders to be there in the end, whether that is the whole run)."""
+    run = parse_ref(dst).run
+    if run != os.fspath(dst).rstrip("/"):
+        raise UsageError(f"{os.fspath(dst)!r} names a step; copies go into a run (a folder or URL)")
+    whole = parse_ref(src).run == os.fspath(src).rstrip("/")
+    target = backend_for(run, direct=settings().direct)
+    if not whole:
+        source, commit = resolve(src)
+        return source, target, [commit.folder], False
+    source = backend_for(parse_ref(src).run)
+    listing = list_run(source)
+    for step in listing.steps:
+        if step.error:
+            read_commit(source, step.folder)  # raises what keeps it from being copied
+    if not listing.committed:
+        raise NotFoundError(f"{source.root}: no committed checkpoint")
+    return source, target, [s.folder for s in listing.committed], True
+
+
+def _same(source: Backend, target: Backend, folder: str) -> bool:
+    """Whether a step is at the target already. ConflictError if it is another one."""
+    name = f"{folder}/commit.json"
+    try:
+        there = target.fetch(name, 1 << 20)
+    except NotFoundError:
+        return False
+    if there != source.fetch(name, 1 << 20):
+        raise ConflictError(f"{target.root}/{folder}: another checkpoint of this name is there; copy into another run")
+    return True
+
+
+def _small(source: Backend, folders: Sequence[str], whole: bool) -> list[str]:
+    """The objects beside the steps: the files of generations and, of a whole run, what is recorded of its steps."""
+    wanted = {f"gen-{folder.rpartition('.g')[2]}.json" for folder in folders}
+    names = [
+        e.name
+        for e in source.list("")
+        if e.name.startswith("gen-") and e.name.endswith(".json") and (whole or e.name in wanted)
+    ]
+    for rows in ("ledger", "events") if whole else ():
+        names += [f"{rows}/{e.name}" for e in source.list(rows) if e.name.endswith(".jsonl")]
+    return names
+
+
+def _once(source: Backend, target: Backend, name: str) -> None:
+    """A small object, unless it is there. ConflictError if another one is."""
+    data = source.fetch(name, _SMALL)
+    try:
+        target.create(name, data)
+    except ConflictError:
+        if target.fetch(name, _SMALL) != data:
+            raise ConflictError(
+                f"{target.root}/{name}: another one of this name is there; copy into another run, or, if it is what a "
+                "save left that died, run `ckpt prune` on this one"
+            ) from None
+
+
+def _copy_step(source: Backend, target: Backend, folder: str, progress: Progress | None) -> int:
+    """One step, its commit last. Returns the bytes of packs that were sent."""
+    commit, sent = read_commit(source, folder), 0
+    with suppress(NotFoundError):
+        _once(source, target, f"{folder}/{commit.attempt}/attempt.json")  # the right to write there
+    read_manifest(source, commit)
+    _once(source, target, f"{folder}/{commit.manifest_path}")
+    there = Checkpoint(target, commit)
+    for p in range(len(there.manifest.packs)):
+        path, size = f"{folder}/{there.manifest.pack_path(p)}", int(there.manifest.packs.size[p])
+        if not _problems(there, p):
+            if progress is not None:
+                progress(size)
+            continue
+        target.delete(path)
+        _send(source, target, path, size, progress)
+        sent += size
+        problems = _problems(there, p)
+        if problems:
+            target.delete(path)
+            raise IntegrityError(f"{problems[0]}; check the source with `ckpt verify {source.root}/{folder}`")
+    _once(source, target, f"{folder}/commit.json")
+    return sent
+
+
+def _problems(there: Checkpoint, pack: int) -> list[str]:
+    """What is wrong with a pack at the target, after reading all of it."""
+    found: list[str] = []
+    try:
+        there._verify_pack(pack, found, None)
+    except (NotFoundError, IntegrityError) as e:
+        found.append(str(e))
+    return found
+
+
+def _send(source: Backend, target: Backend, path: str, size: int, progress: Progress | None) -> None:
+    """One pack, in buffers that a few threads fill and write."""
+    upload = target.new(path, size)
+    buffers = [np.empty(min(_BUFFER, size), np.uint8) for _ in range(_THREADS)]
+
+    def move(k: int, at: int) -> int:
+        view = memoryview(buffers[k])[: min(_BUFFER, size - at)]
+        source.read(path, at, [view])
+        upload.write(at, view)
+        if progress is not None:
+            progress(len(view))
+        return k
+
+    try:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-copy") as pool:
+            moving: set[Future[int]] = set()
+            free = list(range(_THREADS))
+            for at in range(0, size, _BUFFER):
+                if not free:
+                    done, moving = wait(moving, return_when=FIRST_COMPLETED)
+                    free = [d.result() for d in done]
+                moving.add(pool.submit(move, free.pop(), at))
+            for last in moving:
+                last.result()
+        upload.finish()
+    except BaseException:
+        upload.abort()
+        raise
