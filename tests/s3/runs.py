@@ -14,9 +14,9 @@ from ckpt.saving import Planner, Request, SaveReport, save_state
 
 
 def state(version: int) -> dict[str, Any]:
-    """9 MiB that differ from version to version."""
+    """11 MiB that differ from version to version."""
     return {
-        "w": torch.arange(9 << 18, dtype=torch.int32) + version,
+        "w": torch.arange(11 << 18, dtype=torch.int32) + version,
         "b": torch.full((3,), float(version)),
         "note": version,
     }
@@ -29,7 +29,7 @@ def save(backend: Backend, step: int, version: int | None = None) -> SaveReport:
 
 def check(url: str, ref: str | None = None) -> int:
     """Loads a ref (the newest step by default) and compares every bit. Returns the version that it holds."""
-    found = {"w": torch.zeros(9 << 18, dtype=torch.int32), "b": torch.zeros(3), "note": None}
+    found = {"w": torch.zeros(11 << 18, dtype=torch.int32), "b": torch.zeros(3), "note": None}
     ckpt.load(found, ref or url)
     wanted = state(int(str(found["note"])))
     assert torch.equal(found["w"], wanted["w"]) and torch.equal(found["b"], wanted["b"])  # type: ignore[arg-type]
