@@ -211,6 +211,21 @@ def test_a_writer_whose_upload_was_removed_is_told(url: str) -> None:
         backend.size("a/b")
 
 
+def test_the_object_of_another_is_not_taken_for_ones_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name and size, finished while our upload was removed. radosgw answers 500 to that, for ever."""
+    backend, size = backend_for(url), 9 << 20
+    ours, theirs = backend.new("a/b", size), backend.new("a/b", size)
+    ours.write(0, memoryview(bytes(size)))
+    theirs.write(0, memoryview(b"1" * size))
+    theirs.finish()
+    assert prune(url) == ["upload"]
+    monkeypatch.setattr(client_for({}), "patience", 1.0)
+    with pytest.raises(StorageError, match=r"removed the upload|complete_multipart_upload failed"):
+        ours.finish()
+    ours.abort()
+    assert backend.fetch("a/b", size) == b"1" * size
+
+
 @pytest.mark.parametrize("which", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 def test_wrong_credentials(url: str, server: Any, between: Proxy, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if server.gateway is None:
