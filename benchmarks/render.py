@@ -24,6 +24,8 @@ BENCHES = (
     "durable",
     "flat",
     "restart",
+    "average",
+    "object_storage",
     "erasure",
     "goodput",
 )
