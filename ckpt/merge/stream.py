@@ -6,7 +6,7 @@ is divided: see `ckpt.merge.arithmetic`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -26,13 +26,12 @@ from ckpt.merge.weights import Floats
 from ckpt.offline.window import Part, Stream
 from ckpt.stored import ReadStats
 
-__all__ = ["Blend", "Feed", "Sent"]
+__all__ = ["Blend"]
 
 _AHEAD = 64 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
 
 Bytes = npt.NDArray[np.uint8]
 Boxes = Sequence[tuple[int, Box]]
-Progress = Callable[[int], None]
 
 
 class Blend:
@@ -158,41 +157,3 @@ class Blend:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
-
-
-class Feed:
-    """Parts that come in order, handed out as `write_pack` asks for them: in the same order, in pieces of its own."""
-
-    def __init__(self, parts: Generator[Part, None, None]) -> None:
-        self._parts = parts
-        self._part: Part | None = None
-
-    def copy(self, index: int, start: int, out: Bytes) -> None:
-        """Copies bytes [start, start + len(out)) of box `index`."""
-        done = 0
-        while done < len(out):
-            part = self._part
-            at = start + done - part.start if part is not None and part.index == index else -1
-            if part is None or not 0 <= at < len(part.data):
-                self._part = next(self._parts)
-                continue
-            n = min(len(out) - done, len(part.data) - at)
-            out[done : done + n] = part.data[at : at + n]
-            done += n
-
-    def close(self) -> None:
-        """Stops reading ahead."""
-        self._parts.close()
-
-
-class Sent:
-    """A fragment to write whose bytes come through a feed: a `ckpt.write.Source`."""
-
-    def __init__(self, feed: Feed, index: int, nbytes: int, progress: Progress | None) -> None:
-        self._feed, self._index, self._progress = feed, index, progress
-        self.nbytes, self.flat = nbytes, None
-
-    def into(self, start: int, out: Bytes) -> None:
-        self._feed.copy(self._index, start, out)
-        if self._progress is not None:
-            self._progress(len(out))

@@ -366,7 +366,7 @@ def test_damage_in_the_source_is_found_and_publishes_nothing(source: Path, folde
 
 
 def test_a_process_that_fails_fails_all(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ckpt.offline.reshard as module
+    import ckpt.offline.rewrite as module
 
     def refuse(backend: Any, path: str, *rest: Any) -> Any:
         if "rank-00001" in path:
