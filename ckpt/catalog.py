@@ -32,6 +32,7 @@ __all__ = [
     "delete_tree",
     "drop_attempt",
     "generations_in_use",
+    "higher_is_better",
     "kept",
     "leftovers",
     "lineage",
@@ -188,12 +189,12 @@ def best(steps: Sequence[Step], metric: str = "") -> Step:
         having = [(s.commit.metrics[name], s) for s in steps if s.commit is not None and name in s.commit.metrics]
         having = [(v, s) for v, s in having if v == v]
         if having:
-            sign = -1 if _higher_is_better(name) else 1
+            sign = -1 if higher_is_better(name) else 1
             return min(having, key=lambda pair: (sign * pair[0], -pair[1].step))[1]
     raise NotFoundError(f"no committed step has the metric {metric or 'val_loss or loss'!r}; pass metrics= when saving")
 
 
-def _higher_is_better(metric: str) -> bool:
+def higher_is_better(metric: str) -> bool:
     return metric.endswith(("acc", "accuracy", "score", "reward"))
 
 
@@ -245,7 +246,7 @@ class KeepBest:
             if s.commit and self.metric in s.commit.metrics
         ]
         having = [(v, i) for v, i in having if v == v]
-        having.sort(key=lambda pair: (-pair[0] if _higher_is_better(self.metric) else pair[0], -pair[1]))
+        having.sort(key=lambda pair: (-pair[0] if higher_is_better(self.metric) else pair[0], -pair[1]))
         chosen = {i for _, i in having[: self.n]}
         return [i in chosen for i in range(len(steps))]
 

@@ -187,12 +187,13 @@ class Checkpoint:
                 problems.append(f"{e.kind}: {e}")
         for p in range(len(m.packs)):
             try:
-                blocks += self._verify_pack(p, problems, progress)
+                blocks += self.verify_pack(p, problems, progress)
             except CkptError as e:
                 problems.append(f"{e.kind}: {e}")
         return Verification(self.ref, int(m.packs.size.sum()), blocks, tuple(problems))
 
-    def _verify_pack(self, p: int, problems: list[str], progress: Callable[[int], None] | None) -> int:
+    def verify_pack(self, p: int, problems: list[str], progress: Callable[[int], None] | None) -> int:
+        """Reads one pack and checks every block; adds to `problems` in words. Returns how many blocks it has."""
         m = self.manifest
         pack = Pack(self.backend, self.commit.folder, m, p, ReadStats())
         rows = np.flatnonzero(m.pack == p)

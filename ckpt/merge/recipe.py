@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ckpt.backends import Backend, backend_for
-from ckpt.catalog import Step, _higher_is_better, lineage, list_run, parse_ref, resolve, with_ledger
+from ckpt.catalog import Step, higher_is_better, lineage, list_run, parse_ref, resolve, with_ledger
 from ckpt.commit import Commit, read_commit
 from ckpt.errors import FormatError, NotFoundError, UsageError
 from ckpt.merge import weights as maths
@@ -308,7 +308,7 @@ def _mwa(text: str, rest: str, commits: Sequence[Commit]) -> Floats:
             raise NotFoundError(f"metric {metric!r} was not recorded at step {', '.join(absent[:8])}; leave them out")
         values = [c.metrics[metric] for c in commits]
     return maths.mwa(
-        values, _number(text, penalty), form or "power", higher_is_better=metric == "step" or _higher_is_better(metric)
+        values, _number(text, penalty), form or "power", higher_is_better=metric == "step" or higher_is_better(metric)
     )
 
 

@@ -180,7 +180,7 @@ def _problems(there: Checkpoint, pack: int) -> list[str]:
     """What is wrong with a pack at the target, after reading all of it."""
     found: list[str] = []
     try:
-        there._verify_pack(pack, found, None)
+        there.verify_pack(pack, found, None)
     except (NotFoundError, IntegrityError) as e:
         found.append(str(e))
     return found
