@@ -11,6 +11,7 @@ from ckpt import __version__
 from ckpt.cli.change import export, import_, prune, reshard
 from ckpt.cli.copy import cp
 from ckpt.cli.details import inspect
+from ckpt.cli.keepers import keepers
 from ckpt.cli.look import diff, ls, verify
 from ckpt.cli.merge import average, search
 from ckpt.cli.report import report
@@ -52,7 +53,7 @@ def cli() -> None:
     pass
 
 
-for _verb in (ls, inspect, verify, diff, report, run, reshard, average, search, export, import_, cp, prune):
+for _verb in (ls, inspect, verify, diff, report, run, reshard, average, search, export, import_, cp, prune, keepers):
     cli.add_command(_verb)
 
 

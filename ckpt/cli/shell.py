@@ -21,6 +21,7 @@ __all__ = ["EXIT_CODES", "Shell", "first_process", "run_backend", "under_torchru
 EXIT_CODES = {
     "integrity": 1,
     "format": 1,
+    "version": 1,
     "usage": 2,
     "mismatch": 2,
     "layout": 2,

@@ -23,6 +23,7 @@ def main(name: str) -> int:
     listener.listen(256)
     if os.fork():
         os._exit(0)
+    listener.listen(256)  # once more: who connects is told the process that did
     os.setsid()
     os.chdir("/")
     sink = os.open(os.environ.get("CKPT_KEEPER_LOG") or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -257,8 +257,11 @@ class Keeper:
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
-            steps=steps, trainers=trainers, memory=self.vault.nbytes,
+            steps=steps, trainers=trainers, memory=self.vault.nbytes, address=self._address(),
         )  # fmt: skip
+
+    def _address(self) -> str:
+        return "{}:{}".format(*self._tcp.getsockname()) if self._tcp is not None else ""
 
     def _fence(self, peer: Peer) -> None:
         """Cuts off a trainer that was replaced. If it still exists it may go on writing into a slot that was granted to

@@ -6,17 +6,35 @@ passed; with the keeper dead too, nothing older than what it saw stored.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import keepers
 import pytest
 from forks import Fresh
-from keepers import Died, Raised, Trainer, check_stored, goes_on, held_steps, nothing_left, scene, seen, together, until
+from keepers import (
+    WIDE,
+    Died,
+    Raised,
+    Trainer,
+    check_stored,
+    goes_on,
+    held_steps,
+    nothing_left,
+    scene,
+    seen,
+    together,
+    until,
+)
 from kills import check_listing, small_disk
+
+from ckpt.keeper.view import keepers_here
 
 NEVER = 1000
 WHILE_TRAINING = [p for p in keepers.KEEPER if p not in ("keeper attached", "keeper orphaned")]
@@ -616,6 +634,36 @@ def test_slots_need_no_shared_memory_filesystem(fresh: Fresh, tmp_path: Path) ->
     refused = fresh(_small_shm, str(tmp_path))
     if refused:
         pytest.skip(refused)
+
+
+def _seen_from_the_shell(folder: str) -> None:
+    def look() -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "ckpt.cli", "keepers", "--json"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [k for k in json.loads(said)["keepers"] if k["run"] == run]
+
+    with scene(folder) as run:
+        t = Trainer(run)
+        sealed = t("seal", 2)[-1]
+        (found,) = look()
+        assert found["pid"] == keepers.keeper(run), found
+        assert found["trainers"] == {"0": t.pid}, found
+        newest = found["steps"][-1]
+        assert (newest["step"], newest["ranks"]) == (sealed, [0]) and newest["bytes"] > 12 * WIDE
+        assert found["memory"] >= 2 * newest["bytes"] and found["host"] == found["lead"] and not found["address"]
+        os.kill(found["pid"], signal.SIGSTOP)
+        try:
+            (view,) = [k for k in keepers_here() if k.pid == found["pid"]]
+            assert "stopped" in view.trouble
+        finally:
+            os.kill(found["pid"], signal.SIGCONT)
+        t.finish()
+        nothing_left(run)
+        assert look() == []
+
+
+def test_keepers_are_seen_from_the_shell(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_seen_from_the_shell, str(tmp_path))
 
 
 # 10. Two ranks.
