@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ckpt.backends import Backend
-from ckpt.backends.direct import past_cache
 from ckpt.config import settings
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
@@ -20,10 +19,9 @@ from ckpt.read import Target, read_targets
 from ckpt.shards import dtype_name
 from ckpt.stored import ReadStats
 
-__all__ = ["Fill", "fill", "ranks_here"]
+__all__ = ["Fill", "fill"]
 
 _STAGE = 64 << 20
-_DEEP = 8  # reads under way at a time on a host: what a disk needs to be at its fastest
 
 
 class Fill(NamedTuple):
@@ -34,21 +32,13 @@ class Fill(NamedTuple):
     view: torch.Tensor
 
 
-def fill(
-    backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int, *, alone: bool = False
-) -> ReadStats:
+def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int) -> ReadStats:
     """Fills all views; what cannot be read in place (another device or dtype, a conjugate) goes by way of 64 MiB.
 
-    world  how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do
-    alone  whether no other rank of this host reads the same bytes: what is not in the page cache is then read past it
-
+    `world`: how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do.
     Raises what `read_targets` does.
     """
-    cores, at_once = _threads(world), 1 << 20
-    cold = past_cache(backend, _some_packs(folder, manifest)) if alone and settings().direct else None
-    if cold is not None:
-        backend, cores, at_once = cold, max(cores, _DEEP // ranks_here(world)), 2 << 20
-    threads = settings().readers or cores
+    threads = settings().readers or _threads(world)
     direct: list[Target] = []
     staged: list[Fill] = []
     for item in wanted:
@@ -58,7 +48,7 @@ def fill(
             direct.append(Target(item.tensor, item.box, _as_numpy(view)))
         else:
             staged.append(item)
-    stats = read_targets(backend, folder, manifest, direct, threads=threads, at_once=at_once)
+    stats = read_targets(backend, folder, manifest, direct, threads=threads)
     for batch in _batches(staged):
         fresh = [torch.empty(b.shape, dtype=getattr(torch, manifest.tensors[t].dtype)) for t, b, _ in batch]
         targets = [Target(t, b, _as_numpy(new)) for (t, b, _), new in zip(batch, fresh, strict=True)]
@@ -66,25 +56,13 @@ def fill(
         stats = ReadStats(stats.needed + more.needed, stats.read + more.read)
         for item, new in zip(batch, fresh, strict=True):
             item.view.copy_(new)
-    if cold is not None:
-        cold.close()
     return stats
-
-
-def ranks_here(world: int) -> int:
-    """How many ranks share this host."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or world))
 
 
 def _threads(world: int) -> int:
     """The cores of this host over its ranks, at most 4."""
-    return max(1, min(4, len(os.sched_getaffinity(0)) // ranks_here(world)))
-
-
-def _some_packs(folder: str, manifest: Manifest) -> list[str]:
-    """Some of the packs, which tell of all."""
-    n = len(manifest.packs.size)
-    return [f"{folder}/{manifest.pack_path(i)}" for i in range(0, n, max(1, n // 8))]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
 
 
 def _batches(staged: Sequence[Fill]) -> Iterator[list[Fill]]:

@@ -22,7 +22,7 @@ from ckpt.collective import Group
 from ckpt.commit import read_commit, read_manifest
 from ckpt.config import undisturbed
 from ckpt.errors import MismatchError
-from ckpt.fill import Fill, fill, ranks_here
+from ckpt.fill import Fill, fill
 from ckpt.merge.load import fill_blend
 from ckpt.merge.recipe import Recipe
 from ckpt.merge.stream import Blend
@@ -105,7 +105,7 @@ def _load(
     except Exception as e:
         payload = e
     folder = ref.rpartition("/")[2]
-    alone = group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options))
+    group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options))
     assert source is not None and plan is not None
     stats = ReadStats()
     try:
@@ -113,9 +113,7 @@ def _load(
         if isinstance(source, Blend) and found is not None:
             stats = fill_blend(source, found, wanted, group.world)
         elif isinstance(source, _Stored):
-            stats = fill(
-                source.backend, source.commit.folder, plan.manifest, wanted, group.world, alone=alone == b"alone"
-            )
+            stats = fill(source.backend, source.commit.folder, plan.manifest, wanted, group.world)
         for action in plan.finish:
             action()
         source.close()  # an open file would keep a pack that retention deletes
@@ -141,9 +139,8 @@ def _load(
 
 
 def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptions) -> bytes:
-    """All differences of all ranks, at once. If there are none: "alone" if hardly a byte is needed by two of a host."""
+    """All differences of all ranks, at once."""
     assert plan is not None
-    needed = 0
     problems: dict[str, list[str]] = {}
     used_tensors = np.zeros(len(plan.manifest.tensors), dtype=bool)
     used_objects: set[str] = set()
@@ -151,7 +148,6 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
     for letter in letters:
         head_size = int.from_bytes(letter[:8], "little")
         head = json.loads(letter[8 : 8 + head_size])
-        needed += int(head["bytes"])
         for kind, names in head["problems"].items():
             known = problems.setdefault(kind, [])
             known += [n for n in names if n not in known]
@@ -182,9 +178,7 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
             "state and checkpoint do not fit; nothing was loaded. " + "; ".join(text) + ". Mend the state, or see "
             "only=, rename=, allow_missing=, allow_unexpected= and cast="
         )
-    once = sum(plan.manifest.tensors[i].nbytes for i in np.flatnonzero(used_tensors).tolist())
-    hosts = -(-len(letters) // ranks_here(len(letters)))
-    return b"alone" if needed <= 1.1 * once * hosts else b""
+    return b""
 
 
 def _begin(plan: Matching) -> list[Fill]:

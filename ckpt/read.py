@@ -222,13 +222,9 @@ def read_targets(
     targets: Sequence[Target],
     *,
     threads: int = 2,
-    at_once: int = _JOB,
     progress: Callable[[int], None] | None = None,
 ) -> ReadStats:
     """Fills all targets from the packs under `folder`. Returns what it took.
-
-    Reads about `at_once` bytes with one call, of the default's or twice its size: what is in the page cache is checked
-    fastest in pieces that fit the core's own cache, a disk is fastest with larger ones.
 
     Uses `threads` threads with 4 MiB of scratch memory each. Raises IntegrityError naming file, block and tensor
     for the first bytes that are not what was written; the targets' content is then undefined.
@@ -236,14 +232,14 @@ def read_targets(
     stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
     plan = plan_reads(manifest, targets)
     packs = {index: Pack(backend, folder, manifest, index, stats) for index in sorted(plan)}
-    jobs = itertools.chain.from_iterable(_jobs(pack, plan[index], at_once) for index, pack in packs.items())
+    jobs = itertools.chain.from_iterable(_jobs(pack, plan[index]) for index, pack in packs.items())
     few = stats.needed < 4 * _JOB
     stats.read += _run_all(jobs, 1 if few else threads, progress)
     return stats
 
 
-def _jobs(pack: Pack, segments: Sequence[Segment], at_once: int) -> Iterator[_Job]:
-    """Joins neighbouring segments into ranges of about `at_once` bytes; cuts long ones at blocks."""
+def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
+    """Joins neighbouring segments into ranges of about `_JOB` bytes; cuts long ones at blocks."""
     job: _Job | None = None
     fragment: StoredFragment | None = None
     row = -1
@@ -251,9 +247,9 @@ def _jobs(pack: Pack, segments: Sequence[Segment], at_once: int) -> Iterator[_Jo
         if segment.row != row or fragment is None:
             row = segment.row
             fragment = pack.fragment(row, segment.tensor, segment.shape)
-        for part in _parts(pack, segment, fragment, at_once):
+        for part in _parts(pack, segment, fragment):
             lo, hi = part.lo, part.hi
-            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > at_once:
+            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > _JOB:
                 if job is not None:
                     yield job
                 job = _Job(pack, lo, hi)
@@ -263,7 +259,7 @@ def _jobs(pack: Pack, segments: Sequence[Segment], at_once: int) -> Iterator[_Jo
         yield job
 
 
-def _parts(pack: Pack, segment: Segment, fragment: StoredFragment, at_once: int) -> Iterator[_Part]:
+def _parts(pack: Pack, segment: Segment, fragment: StoredFragment) -> Iterator[_Part]:
     """One part, or parts of one job each of a long segment whose stored bytes are read in place."""
     first, at = segment.first, fragment.offset
     if fragment.codec is not None:
@@ -273,11 +269,11 @@ def _parts(pack: Pack, segment: Segment, fragment: StoredFragment, at_once: int)
         return
     at += first * BLOCK
     place = segment.direct
-    if place is None or segment.nbytes <= at_once:
+    if place is None or segment.nbytes <= _JOB:
         yield _Part(segment, fragment, first, at, at + segment.nbytes, place)
         return
-    for k in range(0, segment.nbytes, at_once):
-        view = place[k : k + at_once]
+    for k in range(0, segment.nbytes, _JOB):
+        view = place[k : k + _JOB]
         yield _Part(segment, fragment, first + k // BLOCK, at + k, at + k + len(view), view)
 
 

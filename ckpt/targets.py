@@ -90,9 +90,9 @@ class Matching:
     def letter(self) -> bytes:
         used = np.zeros(len(self.manifest.tensors), dtype=bool)
         used[[w.tensor for w in self.tensors.values()]] = True
-        nbytes = sum(v.numel() * v.element_size() for w in self.tensors.values() for _, v in w.held.pieces)
-        told = {"problems": self.problems, "objects": sorted(self.used_objects), "strict": sorted(self.strict)}
-        head = json.dumps({**told, "bytes": nbytes}).encode()
+        head = json.dumps(
+            {"problems": self.problems, "objects": sorted(self.used_objects), "strict": sorted(self.strict)}
+        ).encode()
         return len(head).to_bytes(8, "little") + head + np.packbits(used).tobytes()
 
     # What is stored, as this rank sees it.

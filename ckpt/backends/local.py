@@ -15,7 +15,7 @@ from ckpt.backends.base import TEMPORARY, Buffer, Entry, check_path
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, StorageError
 from ckpt.faults import point
 
-__all__ = ["LocalBackend", "storage_errors"]
+__all__ = ["LocalBackend"]
 
 _PAGE = 4096
 _IOV_MAX = 1024
@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
-def storage_errors(doing: str, path: str) -> Iterator[None]:
+def _storage(doing: str, path: str) -> Iterator[None]:
     """Turns OSError into ours, naming the file."""
     try:
         yield
@@ -46,7 +46,7 @@ class LocalBackend:
 
     def __init__(self, root: str, *, direct: bool = True) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
-        self.direct = direct
+        self._direct = direct
         self._lock = threading.Lock()
         self._files: dict[str, _Handle] = {}
 
@@ -71,7 +71,7 @@ class LocalBackend:
 
     def create(self, path: str, data: bytes) -> None:
         full = self._at(path)
-        with storage_errors("writing", full):
+        with _storage("writing", full):
             parent = self._make_parent(full)
             temporary = os.path.join(parent, f"{TEMPORARY}{uuid.uuid4().hex}")
             point("local.create.open")
@@ -94,9 +94,9 @@ class LocalBackend:
 
     def new(self, path: str, size: int) -> _FileUpload:
         full = self._at(path)
-        with storage_errors("creating", full):
+        with _storage("creating", full):
             self._make_parent(full)
-            return _FileUpload(full, size, self.direct)
+            return _FileUpload(full, size, self._direct)
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         file = self._files.get(path)
@@ -105,7 +105,7 @@ class LocalBackend:
                 if os.preadv(file.fd, into, offset) == len(into[0]):
                     return
         full = self._at(path)
-        with storage_errors("reading", full):
+        with _storage("reading", full):
             file = self._open(path, full)
             views = [v for v in into if len(v)]
             for at in range(0, len(views), _IOV_MAX):
@@ -113,7 +113,7 @@ class LocalBackend:
 
     def fetch(self, path: str, limit: int) -> bytes:
         full = self._at(path)
-        with storage_errors("reading", full), open(_open_file(full), "rb") as f:
+        with _storage("reading", full), open(_open_file(full), "rb") as f:
             size = os.fstat(f.fileno()).st_size  # a read of `limit` bytes would allocate them
             data = f.read(min(size, limit) + 1)
         if len(data) > limit:
@@ -122,7 +122,7 @@ class LocalBackend:
 
     def size(self, path: str) -> int:
         full = self._at(path)
-        with storage_errors("looking at", full):
+        with _storage("looking at", full):
             info = os.stat(full)
             if stat.S_ISDIR(info.st_mode):
                 raise NotFoundError(f"{full}: is a folder")
@@ -133,7 +133,7 @@ class LocalBackend:
         if prefix and os.path.islink(full):
             return []  # it leads out of the root: nothing below it is ours to show, or to delete
         out = []
-        with storage_errors("listing", full):
+        with _storage("listing", full):
             try:
                 with os.scandir(full) as entries:
                     for e in entries:
@@ -146,7 +146,7 @@ class LocalBackend:
 
     def delete(self, path: str) -> None:
         full = self._at(path)
-        with storage_errors("deleting", full):
+        with _storage("deleting", full):
             point("local.delete")
             with self._lock:
                 self._files.pop(path, None)
@@ -215,7 +215,7 @@ class _FileUpload:
             raise
 
     def write(self, offset: int, data: Buffer) -> None:
-        with storage_errors("writing", self._path):
+        with _storage("writing", self._path):
             point("local.new.write")
             whole = len(data) // _PAGE * _PAGE if self._direct_fd >= 0 else 0
             if whole:
@@ -229,7 +229,7 @@ class _FileUpload:
                 _write_all(self._fd, data[whole:], offset + whole)
 
     def finish(self, size: int | None = None) -> None:
-        with storage_errors("syncing", self._path):
+        with _storage("syncing", self._path):
             if size is not None:
                 point("local.new.truncate")
                 os.ftruncate(self._fd, size)

@@ -12,7 +12,6 @@ import pytest
 from backend_contract import BackendContract
 
 from ckpt.backends import Backend, LocalBackend
-from ckpt.backends.direct import DirectReads
 
 MEMORY = Path("/dev/shm")
 
@@ -38,9 +37,3 @@ class TestLocal(BackendContract):
     @pytest.fixture
     def make(self, folder: Path, direct: bool) -> Callable[[], Backend]:
         return lambda: LocalBackend(str(folder / "root"), direct=direct)
-
-
-class TestDirectReads(BackendContract):
-    @pytest.fixture
-    def make(self, folder: Path) -> Callable[[], Backend]:
-        return lambda: DirectReads(str(folder / "root"))
