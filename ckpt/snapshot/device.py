@@ -74,7 +74,7 @@ class Cuda:
 class Timed:
     """A model of an accelerator. Its bus carries `gbps` GB/s, one copy at a time, and a copy takes that long without
     the processor; then the bytes are moved, which costs the processor what a real device would not. With `moves=False`
-    they are left out: for benchmarks of what a save costs, whose snapshots are then nonsense.
+    all but small ones are left out: for benchmarks of what a save costs, whose snapshots are then nonsense.
     """
 
     mapped = False
@@ -96,7 +96,7 @@ class Timed:
             wait = self._free - time.monotonic()
         if wait > _GRAIN:  # a sleep has a price of its own: small debts are paid together
             time.sleep(wait)
-        if self._moves:
+        if self._moves or len(out) <= _SMALL:
             _typed(out, view).copy_(view)
 
     def step(self, seconds: float) -> None:
@@ -105,6 +105,7 @@ class Timed:
 
 
 _GRAIN = 1e-3
+_SMALL = 64 << 10
 _host: Device = Host()
 
 
