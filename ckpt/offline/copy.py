@@ -165,12 +165,15 @@ def _copy_step(source: Backend, target: Backend, folder: str, progress: Progress
             if progress is not None:
                 progress(size)
             continue
+        if _same(source, target, folder):  # another copy has committed it meanwhile: nothing of it is touched any more
+            return sent
         target.delete(path)
         _send(source, target, path, size, progress)
         sent += size
         problems = _problems(there, p)
         if problems:
-            target.delete(path)
+            if not _same(source, target, folder):
+                target.delete(path)
             raise IntegrityError(f"{problems[0]}; check the source with `ckpt verify {source.root}/{folder}`")
     _once(source, target, f"{folder}/commit.json")
     return sent

@@ -18,7 +18,7 @@ from ckpt.backends import Backend, LocalBackend, backend_for
 from ckpt.backends.faulty import Fault, FaultyBackend
 from ckpt.cli import cli
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, UsageError
-from ckpt.offline.copy import copy, plan_copy
+from ckpt.offline.copy import _copy_step, copy, plan_copy
 
 
 def state(step: int) -> dict[str, Any]:
@@ -183,3 +183,14 @@ def test_nothing_to_copy(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError):
             copy(src, tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+def test_a_step_that_is_committed_meanwhile_is_not_touched(run: Path, tmp_path: Path) -> None:
+    """By another copy of the same step, after this one has looked for its commit."""
+    copy(run, tmp_path / "to")
+    (pack,) = (tmp_path / "to").glob("step-00000000.*/a0/rank-*")
+    pack.write_bytes(pack.read_bytes()[:-1])
+    before = files(tmp_path / "to")
+    source, target = LocalBackend(str(run)), LocalBackend(str(tmp_path / "to"))
+    assert _copy_step(source, target, pack.parents[1].name, None) == 0
+    assert files(tmp_path / "to") == before
