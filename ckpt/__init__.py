@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt import adapters
     from ckpt.background import SaveHandle
-    from ckpt.catalog import KeepBest, KeepEvery, KeepLast
     from ckpt.checkpoint import Checkpoint
     from ckpt.checkpoint import open_checkpoint as open
     from ckpt.checkpointer import Checkpointer, CloseReport, async_save, load, save
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from ckpt.merge.search import SearchReport, search
     from ckpt.merge.write import MergeReport, materialise
     from ckpt.objects import PerCoordinate, PerRank, Pickled, Replicated
+    from ckpt.retention import KeepAll, KeepAny, KeepBest, KeepEvery, KeepLast, KeepWithin
     from ckpt.rng import RNG
     from ckpt.saving import SaveReport
     from ckpt.shards import ByLayout, Shard
@@ -55,9 +55,12 @@ __all__ = [
     "Every",
     "FormatError",
     "IntegrityError",
+    "KeepAll",
+    "KeepAny",
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "KeepWithin",
     "Layout",
     "LayoutError",
     "LoadReport",
@@ -108,9 +111,12 @@ _HOME = {
     "save": "checkpointer",
     "search": "merge.search",
     "Every": "config",
-    "KeepBest": "catalog",
-    "KeepEvery": "catalog",
-    "KeepLast": "catalog",
+    "KeepAll": "retention",
+    "KeepAny": "retention",
+    "KeepBest": "retention",
+    "KeepEvery": "retention",
+    "KeepLast": "retention",
+    "KeepWithin": "retention",
     "PerCoordinate": "objects",
     "PerRank": "objects",
     "Pickled": "objects",

@@ -1,4 +1,4 @@
-"""What a run holds: listing, refs, retention. Imports no torch: `ckpt ls` must be quick.
+"""What a run holds: listing, refs, what may be deleted. Imports no torch: `ckpt ls` must be quick.
 
 A ref is a run (its latest step), `run@latest`, `run@best` (or `run@best:metric`), `run@1000`, or one step's URL.
 """
@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ckpt.backends import Backend, backend_for
 from ckpt.backends.base import TEMPORARY
@@ -20,11 +19,7 @@ from ckpt.commit import Commit, Generation, read_commit, read_generation
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError, UsageError
 
 __all__ = [
-    "KeepBest",
-    "KeepEvery",
-    "KeepLast",
     "Listing",
-    "Policy",
     "Ref",
     "Step",
     "best",
@@ -33,7 +28,6 @@ __all__ = [
     "drop_attempt",
     "generations_in_use",
     "higher_is_better",
-    "kept",
     "leftovers",
     "lineage",
     "list_run",
@@ -196,79 +190,6 @@ def best(steps: Sequence[Step], metric: str = "") -> Step:
 
 def higher_is_better(metric: str) -> bool:
     return metric.endswith(("acc", "accuracy", "score", "reward"))
-
-
-class Policy(Protocol):
-    """Retention: which of the steps (oldest first) to keep. Pure; several policies keep what any of them keeps."""
-
-    def __call__(self, steps: Sequence[Step]) -> list[bool]: ...
-
-
-@dataclass(frozen=True)
-class KeepLast:
-    """Keeps the newest `n`."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UsageError("KeepLast(n): n must be 1 or more")
-
-    def __call__(self, steps: Sequence[Step]) -> list[bool]:
-        return [i >= len(steps) - self.n for i in range(len(steps))]
-
-
-@dataclass(frozen=True)
-class KeepEvery:
-    """Keeps the steps whose number is a multiple of `steps`, or one less (Every(k) saves after k, 2k, ... steps)."""
-
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError("KeepEvery(steps): steps must be 1 or more")
-
-    def __call__(self, steps: Sequence[Step]) -> list[bool]:
-        return [s.step % self.steps == 0 or (s.step + 1) % self.steps == 0 for s in steps]
-
-
-@dataclass(frozen=True)
-class KeepBest:
-    """Keeps the `n` best by a metric; steps without it are not kept by this policy."""
-
-    metric: str
-    n: int = 1
-
-    def __call__(self, steps: Sequence[Step]) -> list[bool]:
-        having = [
-            (s.commit.metrics[self.metric], i)
-            for i, s in enumerate(steps)
-            if s.commit and self.metric in s.commit.metrics
-        ]
-        having = [(v, i) for v, i in having if v == v]
-        having.sort(key=lambda pair: (-pair[0] if higher_is_better(self.metric) else pair[0], -pair[1]))
-        chosen = {i for _, i in having[: self.n]}
-        return [i in chosen for i in range(len(steps))]
-
-
-def kept(listing: Listing, policies: Sequence[Policy]) -> dict[str, bool]:
-    """Folder -> whether to keep it, over the committed steps. The latest step is always kept; with no policy
-    everything is.
-
-    A policy is asked twice: about the steps that lead to the present, so that a rollback does not make it keep
-    what was left behind instead of them; and about all, what was left behind counting as older.
-    """
-    present = lineage(listing)[::-1]
-    ours = {s.folder for s in present}
-    steps = [*(s for s in listing.committed if s.folder not in ours), *present]
-    keep = {s.folder: not policies for s in listing.committed}
-    for group in (present, steps):
-        for policy in policies:
-            for s, k in zip(group, policy(group), strict=True):
-                keep[s.folder] = keep[s.folder] or k
-    for s in (present or steps)[-1:]:
-        keep[s.folder] = True
-    return keep
 
 
 def delete_step(backend: Backend, folder: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle, begin_save
-from ckpt.catalog import Policy, generations_in_use, list_run, parse_ref
+from ckpt.catalog import generations_in_use, list_run, parse_ref
 from ckpt.collective import current_group
 from ckpt.commit import open_generation
 from ckpt.config import Every, settings
@@ -23,6 +23,7 @@ from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_ref
 from ckpt.merge.recipe import Recipe
 from ckpt.restoring import restore_newest
+from ckpt.retention import Policy
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
 from ckpt.threaded import Threaded
@@ -265,8 +266,12 @@ class Checkpointer:
         fence_here().wait()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the save under way has ended, well or not; False if it has not after `timeout` seconds."""
-        return self._saves.wait(timeout)
+        """Waits until the save under way has ended, well or not, and what it left to delete is deleted; False if that is
+        not so after `timeout` seconds."""
+        began = time.monotonic()
+        return self._saves.wait(timeout) and self._account.tidied(
+            None if timeout is None else max(0.0, began + timeout - time.monotonic())
+        )
 
     def close(self) -> CloseReport:
         """Stores the last step if it was not, writes the ledger, ends the keeper, and returns the counts."""
@@ -277,7 +282,7 @@ class Checkpointer:
                 self._saves.store(self._state, self._step, self._metrics)
             except Exception as e:
                 log.error("ckpt: the last step, %d, was not saved: %s", self._step, e)
-        self._account.tidy(last=True)
+        self._account.close()
         self._saves.close()
         self._backend.close()
         return self.report

@@ -32,6 +32,7 @@ __all__ = [
     "Generation",
     "claim_attempt",
     "commit_step",
+    "exists",
     "open_generation",
     "read_commit",
     "read_generation",

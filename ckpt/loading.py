@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ckpt.backends import Backend, backend_for
-from ckpt.catalog import resolve
+from ckpt.catalog import parse_ref, resolve
 from ckpt.collective import Group
-from ckpt.commit import read_commit, read_manifest
+from ckpt.commit import exists, read_commit, read_manifest
 from ckpt.config import undisturbed
-from ckpt.errors import MismatchError
+from ckpt.errors import IntegrityError, MismatchError, NotFoundError
 from ckpt.fill import Fill, fill
 from ckpt.merge.load import fill_blend
 from ckpt.merge.recipe import Recipe
@@ -63,9 +63,22 @@ def load_ref(state: Any, ref: str | os.PathLike[str] | Recipe, options: LoadOpti
         backend, commit = resolve(ref)
         return json.dumps([backend.root, type(backend).__name__ == "MemoryBackend", commit.folder]).encode()
 
-    root, memory, folder = json.loads(group.round("load", b"", decide))
-    backend = backend_for(f"memory://{root}" if memory else root)
-    return load_folder(state, backend, folder, options, group)
+    while True:
+        root, memory, folder = json.loads(group.round("load", b"", decide))
+        backend = backend_for(f"memory://{root}" if memory else root)
+        try:
+            return load_folder(state, backend, folder, options, group)
+        except (NotFoundError, IntegrityError) as e:
+            if not _gone(backend, folder, group):
+                raise
+            if parse_ref(ref).which == folder:
+                raise NotFoundError(f"{backend.root}/{folder}: was deleted while it was read; load another step") from e
+            log.warning("ckpt: %s/%s was deleted while it was read; loading what the ref names now", root, folder)
+
+
+def _gone(backend: Backend, folder: str, group: Group) -> bool:
+    """Whether a step is committed no longer; collective."""
+    return group.round("gone", b"", lambda _: b"" if exists(backend, folder) else b"gone") == b"gone"
 
 
 class _Stored:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.backends import Backend
-from ckpt.catalog import KeepBest, Policy, delete_step, kept, list_run, with_ledger, write_ledger
+from ckpt.catalog import delete_step, list_run, with_ledger, write_ledger
 from ckpt.config import settings
-from ckpt.errors import CkptError, ConflictError, UsageError
+from ckpt.errors import CkptError, UsageError
 from ckpt.events import Event, Events
+from ckpt.retention import Policy, kept, metrics_of
 from ckpt.saving import SaveReport
 from ckpt.snapshot.fence import fence_here
 
@@ -53,20 +56,19 @@ def write_rows(backend: Backend, generation: int, waiting: deque[dict[str, objec
         log.error("ckpt: metrics of %d steps were not written: %s", len(rows), e)
 
 
-def retain(backend: Backend, policies: Sequence[Policy]) -> None:
-    """Deletes what no policy keeps; a failure is logged, not raised."""
+def retain(backend: Backend, policies: Sequence[Policy], needed: Container[str] = ()) -> None:
+    """Deletes what no policy keeps, but for the folders in `needed`; a failure, of a policy too, is logged, not raised."""
     if not policies:
         return
-    with suppress(ConflictError):
-        try:
-            listing = list_run(backend)
-            if any(isinstance(p, KeepBest) for p in policies):
-                listing = with_ledger(backend, listing)
-            for folder, keep in kept(listing, policies).items():
-                if not keep:
-                    delete_step(backend, folder)
-        except CkptError as e:
-            log.error("ckpt: old steps were not deleted: %s", e)
+    try:
+        listing = list_run(backend)
+        if any(metrics_of(policies)):
+            listing = with_ledger(backend, listing)
+        for folder, keep in kept(listing, policies).items():
+            if not keep and folder not in needed:
+                delete_step(backend, folder)
+    except Exception as e:
+        log.error("ckpt: old steps were not deleted: %s", e, exc_info=None if isinstance(e, CkptError) else e)
 
 
 def warn_per_rank(names: Sequence[str], rank: int) -> None:
@@ -109,6 +111,9 @@ class Account:
         self._host = settings().host or socket.gethostname()
         self.durable = time.monotonic()
         self._ledger: deque[dict[str, object]] = deque()
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._tidying: list[Future[None]] = []
         self._steps, self._since, self._fenced = 0, time.monotonic(), fence_here().waited
 
     def note(self, step: int, metrics: Metrics | None) -> dict[str, float]:
@@ -162,9 +167,33 @@ class Account:
             log.error("ckpt: %s: %s", what, e, exc_info=None if isinstance(e, CkptError) else e)
 
     def tidy(self, last: bool = False) -> None:
-        """Writes what waits to be written into the run; deletes what no policy keeps."""
-        if last or self.events.due:
-            self.events.write(self.backend, self.generation)
-        if self.rank == 0:
-            write_rows(self.backend, self.generation, self._ledger)
-            retain(self.backend, self.keep)
+        """Has what waits to be written written into the run, and what no policy keeps deleted: in a thread of its own,
+        since neither the loop nor a save is to wait for a store that lists and deletes."""
+        with self._lock:
+            self._tidying = [t for t in self._tidying if not t.done()]
+            if len(self._tidying) > 1 and not last:
+                return  # one is yet to begin
+            self._pool = self._pool or ThreadPoolExecutor(1, "ckpt-tidy")
+            self._tidying.append(self._pool.submit(self._tidy, last))
+
+    def _tidy(self, last: bool) -> None:
+        try:
+            if last or self.events.due:
+                self.events.write(self.backend, self.generation)
+            if self.rank == 0:
+                write_rows(self.backend, self.generation, self._ledger)
+                retain(self.backend, self.keep)
+        except Exception as e:
+            log.error("ckpt: the run was not tidied: %s", e, exc_info=e)
+
+    def tidied(self, timeout: float | None) -> bool:
+        """Waits until that has happened; False if it has not after `timeout` seconds."""
+        with self._lock:
+            waiting = list(self._tidying)
+        return not wait(waiting, timeout).not_done
+
+    def close(self) -> None:
+        """Tidies for the last time."""
+        self.tidy(last=True)
+        if not self.tidied(settings().deadline):
+            log.error("ckpt: the run is still being tidied after %.0f s; that goes on", settings().deadline)

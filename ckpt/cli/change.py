@@ -14,10 +14,10 @@ from ckpt.cli.show import columns, count, duration, emit, plain, progress, size,
 from ckpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from ckpt.catalog import Policy
     from ckpt.collective import Group
     from ckpt.offline.prune import Doomed, Pruning
     from ckpt.offline.recut import TpRule
+    from ckpt.retention import Policy
 
 __all__ = ["export", "import_", "processes", "prune", "reshard"]
 
@@ -198,6 +198,7 @@ def import_(src: str, run: str, step: int, allow_pickle: bool, as_json: bool) ->
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="K", help="Keep every K-th step, by its number.")
 @click.option("--keep-best", multiple=True, metavar="METRIC[:N]", help="Keep the N best by a metric (1).")
+@click.option("--keep-within", metavar="AGE", help="Keep what was saved so long before the newest step: 36h, 7d.")
 @click.option("--older-than", default="24h", show_default=True, metavar="AGE", help="Of leftovers: 30m, 24h, 7d.")
 @click.option("--damaged", is_flag=True, help="Also delete steps whose commit is damaged, if they are that old.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
@@ -207,6 +208,7 @@ def prune(
     keep_last: int | None,
     keep_every: int | None,
     keep_best: tuple[str, ...],
+    keep_within: str | None,
     older_than: str,
     damaged: bool,
     dry_run: bool,
@@ -220,7 +222,7 @@ def prune(
     """
     from ckpt.offline.prune import carry_out, plan_prune
 
-    policies, age = _policies(keep_last, keep_every, keep_best), duration(older_than)
+    policies, age = _policies(keep_last, keep_every, keep_best, keep_within), duration(older_than)
     backend = run_backend(run)
     plan = plan_prune(backend, policies, age, damaged=damaged)
     ask = bool(plan.delete) and not dry_run and not yes
@@ -251,14 +253,16 @@ def _somebody_there() -> bool:
     return sys.stdin.isatty()
 
 
-def _policies(last: int | None, every: int | None, best: Sequence[str]) -> list[Policy]:
-    from ckpt.catalog import KeepBest, KeepEvery, KeepLast
+def _policies(last: int | None, every: int | None, best: Sequence[str], within: str | None) -> list[Policy]:
+    from ckpt.retention import KeepBest, KeepEvery, KeepLast, KeepWithin
 
     out: list[Policy] = []
     if last is not None:
         out.append(KeepLast(last))
     if every is not None:
         out.append(KeepEvery(every))
+    if within is not None:
+        out.append(KeepWithin(minutes=duration(within) / 60))
     for text in best:
         metric, colon, n = text.rpartition(":")
         out.append(KeepBest(metric, max(1, int(n))) if colon and n.isdecimal() else KeepBest(text))

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from ckpt.backends import Backend
 from ckpt.backends.base import KeepsUploads, Unfinished
 from ckpt.catalog import (
-    KeepBest,
     Listing,
-    Policy,
     Step,
     delete_step,
     delete_tree,
-    kept,
     leftovers,
     lineage,
     list_run,
 )
 from ckpt.commit import read_commit
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError
+from ckpt.retention import Policy, kept, metrics_of
 
 __all__ = ["Doomed", "Pruning", "carry_out", "measure", "plan_prune"]
 
@@ -87,8 +85,8 @@ def _check(backend: Backend, listing: Listing, policies: Sequence[Policy]) -> No
     for g in listing.generations:
         if g.error:
             raise FormatError(f"which steps lead to the present is not certain, so no step is pruned: {g.error}")
-    for p in policies:
-        if isinstance(p, KeepBest) and not any(p(listing.committed)):
+    for p in metrics_of(policies):
+        if not any(p(listing.committed)):
             raise NotFoundError(f"{listing.run}: no committed step has the metric {p.metric!r}; nothing is pruned")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,22 @@ from hypothesis import strategies as st
 
 from ckpt.backends import LocalBackend
 from ckpt.catalog import (
-    KeepBest,
-    KeepEvery,
-    KeepLast,
     Listing,
-    Policy,
     Ref,
     Step,
     best,
-    kept,
     leftovers,
     lineage,
     list_run,
     parse_ref,
     resolve,
+    write_ledger,
 )
 from ckpt.commit import Commit, Generation, publish, sealed, step_folder
 from ckpt.errors import FormatError, IntegrityError, NotFoundError, UsageError
 from ckpt.offline.prune import Doomed, carry_out, plan_prune
+from ckpt.retention import KeepAll, KeepAny, KeepBest, KeepEvery, KeepLast, KeepWithin, Policy, kept
+from ckpt.upkeep import retain
 
 
 def commit(step: int, generation: int = 0, attempt: str = "a0", **metrics: float) -> Commit:
@@ -196,6 +195,9 @@ policies = st.lists(
         st.builds(KeepLast, st.integers(1, 4)),
         st.builds(KeepEvery, st.integers(1, 5)),
         st.builds(KeepBest, st.just("loss"), st.integers(1, 3)),
+        st.builds(KeepWithin, hours=st.integers(1, 30)),
+        st.builds(lambda s, r: KeepAll(KeepEvery(s), KeepBest("loss", r)), st.integers(1, 5), st.integers(1, 3)),
+        st.builds(lambda n, h: KeepAny(KeepLast(n), KeepWithin(minutes=h)), st.integers(1, 3), st.integers(1, 300)),
     ),
     max_size=3,
 )
@@ -249,8 +251,62 @@ def test_keep_best_keeps_the_best_of_the_present_too() -> None:
     assert [f for f, k in keep.items() if k] == [step_folder(20, 1), step_folder(30, 1), step_folder(25, 2)]
 
 
-@pytest.mark.parametrize("wrong", [lambda: KeepLast(0), lambda: KeepEvery(0)])
-def test_a_policy_that_keeps_nothing_is_refused(wrong: type) -> None:
+def timed(*times: str) -> list[Step]:
+    """Steps 0, 1, ... committed at these times."""
+    return [Step(n, 0, step_folder(n, 0), dataclasses.replace(commit(n), time=t)) for n, t in enumerate(times)]
+
+
+def test_keep_within_counts_back_from_the_newest_step() -> None:
+    steps = timed(
+        "2026-01-01T00:00:00+00:00", "2026-01-02T11:59:00+00:00", "2026-01-02T13:00:00+01:00", "2026-01-03T12:00:00"
+    )
+    assert KeepWithin(hours=24)(steps) == [False, False, True, True]
+    assert KeepWithin(days=1, minutes=1)(steps) == [False, True, True, True]
+    assert KeepWithin(minutes=1)(timed("then", "2020-01-01", "never")) == [True, True, True]
+    assert KeepWithin(minutes=1)([]) == []
+
+
+@given(runs, st.lists(policies.filter(bool), min_size=1, max_size=2))
+def test_any_and_all_are_union_and_intersection(listing: Listing, rules: list[list[Policy]]) -> None:
+    steps = listing.committed
+    sets = [{i for rule in some for i, k in enumerate(rule(steps)) if k} for some in rules]
+    both = KeepAll(*(KeepAny(*some) for some in rules))
+    assert {i for i, k in enumerate(both(steps)) if k} == set.intersection(*sets)
+    either = KeepAny(*(KeepAny(*some) for some in rules))
+    assert {i for i, k in enumerate(either(steps)) if k} == set.union(*sets)
+
+
+def test_a_policy_inside_of_others_sees_metrics_that_came_late(tmp_path: Path) -> None:
+    backend = LocalBackend(str(tmp_path))
+    for n in range(4):
+        publish(backend, commit(n))
+    write_ledger(backend, "g0000-late", [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.7}])
+    retain(backend, [KeepAll(KeepAny(KeepBest("loss")), KeepLast(3))])
+    assert [s.step for s in list_run(backend).committed] == [1, 3]
+    with pytest.raises(NotFoundError, match="no committed step has the metric"):
+        plan_prune(backend, [KeepAny(KeepBest("los"))], 0)
+
+
+def test_a_policy_that_fails_deletes_nothing_and_is_no_error_of_the_loop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = LocalBackend(str(tmp_path))
+    for n in range(3):
+        publish(backend, commit(n))
+
+    def broken(steps: Sequence[Step]) -> list[bool]:
+        return [steps[99] is None]
+
+    retain(backend, [KeepLast(1), broken])
+    assert len(list_run(backend).committed) == 3 and "old steps were not deleted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda: KeepLast(0), lambda: KeepEvery(0), KeepWithin, KeepAny, KeepAll]
+    + [lambda: KeepWithin(hours=-1), lambda: KeepWithin(days=1, hours=-1), lambda: KeepWithin(days=float("nan"))],
+)
+def test_a_policy_that_keeps_nothing_is_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(UsageError):
         wrong()
 

@@ -11,6 +11,8 @@ from torch import nn
 
 import ckpt
 from ckpt import read
+from ckpt.backends import LocalBackend
+from ckpt.catalog import delete_step
 
 
 def stepped(model: nn.Module, **group: Any) -> torch.optim.Optimizer:
@@ -161,3 +163,32 @@ def test_restore_says_when_no_step_leads_to_the_present(tmp_path: Path, caplog: 
     _, start = loop(tmp_path / "run", keep=[])
     assert start == 0
     assert "came from nowhere" in caplog.text
+
+
+class _Deleting(LocalBackend):
+    """Another process's retention: it deletes a step once a load has read its manifest."""
+
+    doomed = ""
+
+    def size(self, path: str) -> int:
+        if self.doomed and path.startswith(self.doomed):
+            folder, _Deleting.doomed = self.doomed, ""
+            delete_step(LocalBackend(self.root), folder)
+        return super().size(path)
+
+
+@pytest.mark.parametrize("ref", ["", "@latest", "@best", "@3", "/step-00000003.g0000"])
+def test_a_step_deleted_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str) -> None:
+    """What a ref names by its place is then the next one; what it names by number is gone, which is said."""
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        ckpt.save({"x": torch.full((100_000,), float(step))}, run, step=step, metrics={"loss": 3.0 - step})
+    monkeypatch.setattr("ckpt.loading.backend_for", _Deleting)
+    monkeypatch.setattr(_Deleting, "doomed", "step-00000003.g0000")
+    found = {"x": torch.zeros(100_000)}
+    if "3" in ref:
+        with pytest.raises(ckpt.NotFoundError, match=r"deleted while it was read|no committed checkpoint of step 3"):
+            ckpt.load(found, f"{run}{ref}")
+    else:
+        assert ckpt.load(found, f"{run}{ref}").step == 2 and found["x"].eq(2).all()
+    assert _Deleting.doomed == ""

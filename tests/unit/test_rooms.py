@@ -44,6 +44,7 @@ RULES = {
     "merge/evolve.py": ("torch", "ckpt.backends", "ckpt.format", "ckpt.catalog"),
     "merge/rules.py": ("torch", "ckpt.backends", "ckpt.catalog.list_run"),
     "catalog.py": ("torch", "ckpt.collective"),
+    "retention.py": ("torch", "ckpt.backends", "ckpt.collective"),
 }
 
 
