@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckpt.rng import RNG
     from ckpt.saving import SaveReport
     from ckpt.shards import ByLayout, Shard
+    from ckpt.tiers import Local
 
 __version__ = "0.1.0"
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "LoadReport",
+    "Local",
     "MergeReport",
     "MismatchError",
     "NotFoundError",
@@ -124,6 +126,7 @@ _HOME = {
     "ByLayout": "shards",
     "Layout": "format.layout",
     "Shard": "shards",
+    "Local": "tiers",
 }
 
 

@@ -27,6 +27,7 @@ from ckpt.retention import Policy
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.snapshot.fence import fence_here
 from ckpt.threaded import Threaded
+from ckpt.tiers import Local, Tiers
 from ckpt.upkeep import Account, CloseReport, Metrics, numbers, warn_per_rank
 
 __all__ = ["Checkpointer", "CloseReport", "async_save", "load", "save"]
@@ -134,6 +135,8 @@ class Checkpointer:
     keep       retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
     codec      see `ckpt.save`; for storage only
     max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
+    local      a folder of this run on a disk of each host, or a `ckpt.Local`: saves commit there and trickle to `run` in the
+               background; `restore` takes what is nearest. See docs/design/015
     on_event   called with every `ckpt.events.Event`, in whichever thread it happens
 
     All methods are collective: every rank calls them at the same place, also the constructor. A failed save never stops
@@ -156,11 +159,14 @@ class Checkpointer:
         codec: CodecRule | None = None,
         max_stale: float | None = None,
         on_event: Callable[[Event], None] | None = None,
+        local: Local | str | os.PathLike[str] | None = None,
     ) -> None:
         if storage is None and memory is None:
             raise UsageError("storage=ckpt.Every(n), memory=ckpt.Every(n) or both: say when to save")
         if max_stale is not None and not max_stale > 0:
             raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
+        if local is not None and (memory is not None or storage is None):
+            raise UsageError("local= goes with storage=, and not with memory= yet")
         codecs = parse_codecs(codec)
         self._backend = _backend(run)
         self._state, self._max_stale = state, max_stale
@@ -176,7 +182,9 @@ class Checkpointer:
                 self._kept = Kept(self._backend, self._group, Schedule(memory, storage, codec), self._account)
             except PeerError as e:
                 log.warning("ckpt: no snapshots in memory, saves go to storage from threads: %s", e)
-        self._saves = self._kept or Threaded(self._backend, self._group, storage, codecs, self._account)
+        tier = Local(local) if isinstance(local, str | os.PathLike) else local
+        self._tiers = Tiers(self._backend, _backend(run), tier, self._group) if tier is not None else None
+        self._saves = self._kept or Threaded(self._backend, self._group, storage, codecs, self._account, self._tiers)
 
     @property
     def report(self) -> CloseReport:
@@ -204,7 +212,11 @@ class Checkpointer:
         options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
         self.wait(settings().deadline)
         if ref is None:
-            found, self.last_load = restore_newest(self._state, self._backend, options, self._group, self._kept)
+            run: Backend = self._backend
+            if self._tiers is not None:
+                self._tiers.settle()
+                run = self._tiers.nearest
+            found, self.last_load = restore_newest(self._state, run, options, self._group, self._kept)
         else:
             self.last_load = load_ref(self._state, ref, options, self._group)
             root, _, folder = self.last_load.ref.rpartition("/")
@@ -222,7 +234,8 @@ class Checkpointer:
         """Opens a generation that comes from the step folder `parent`."""
 
         def decide(_: list[bytes]) -> bytes:
-            known = generations_in_use(list_run(self._backend, commits=False))
+            run = self._backend if self._tiers is None else self._tiers.nearest
+            known = generations_in_use(list_run(run, commits=False))
             return str(open_generation(self._backend, parent, self._group.world, known)).encode()
 
         self._account.generation = int(self._group.round("generation", b"", decide))
@@ -282,6 +295,7 @@ class Checkpointer:
                 self._saves.store(self._state, self._step, self._metrics)
             except Exception as e:
                 log.error("ckpt: the last step, %d, was not saved: %s", self._step, e)
+            self._saves.wait(settings().deadline)
         self._account.close()
         self._saves.close()
         self._backend.close()

@@ -21,7 +21,7 @@ from ckpt.catalog import parse_ref, resolve
 from ckpt.collective import Group
 from ckpt.commit import exists, read_commit, read_manifest
 from ckpt.config import undisturbed
-from ckpt.errors import IntegrityError, MismatchError, NotFoundError
+from ckpt.errors import FormatError, IntegrityError, MismatchError, NotFoundError
 from ckpt.fill import Fill, fill
 from ckpt.merge.load import fill_blend
 from ckpt.merge.recipe import Recipe
@@ -29,6 +29,7 @@ from ckpt.merge.stream import Blend
 from ckpt.snapshot.fence import fence_here
 from ckpt.stored import ReadStats
 from ckpt.targets import LoadOptions, Matching, matches
+from ckpt.tiers import Nearest
 
 __all__ = ["LoadOptions", "LoadReport", "load_folder", "load_ref"]
 
@@ -98,7 +99,14 @@ def load_folder(state: Any, backend: Backend, folder: str, options: LoadOptions,
     Raises, on every rank: MismatchError with all differences before anything is touched; IntegrityError or
     FormatError for bytes that are not what was written (the state's content is then undefined).
     """
-    return _load(state, lambda: _Stored(backend, folder), f"{backend.root}/{folder}", options, group)
+    ref = f"{backend.root}/{folder}"
+    if not isinstance(backend, Nearest):
+        return _load(state, lambda: _Stored(backend, folder), ref, options, group)
+    try:
+        return _load(state, lambda: _Stored(backend, folder), ref, options, group)
+    except (IntegrityError, FormatError, NotFoundError) as e:
+        log.error("ckpt: %s: what is in the local tier cannot be used, trying the remote alone: %s", ref, e)
+    return _load(state, lambda: _Stored(backend.remote, folder), ref, options, group)
 
 
 @undisturbed()

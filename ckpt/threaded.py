@@ -1,4 +1,7 @@
-"""Saves of a Checkpointer without a keeper: to storage, in threads of the trainer, one at a time."""
+"""Saves of a Checkpointer without a keeper: to storage, in threads of the trainer, one at a time.
+
+With two tiers a save commits on the local one; see `ckpt.tiers`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ from typing import Any
 from ckpt.backends import Backend
 from ckpt.background import SaveHandle, begin_save
 from ckpt.collective import Group
+from ckpt.commit import step_folder
 from ckpt.config import Every
 from ckpt.format.codec import Codec
 from ckpt.saving import Planner, Request, SaveReport
+from ckpt.tiers import Tiers
+from ckpt.trickle import Trickle
 from ckpt.upkeep import Account
 
 __all__ = ["Threaded"]
+
+_SKIP, _REMOTE, _LOCAL, _BOTH = b"skip", b"remote", b"local", b"both"
+_Codecs = tuple[tuple[str, Codec], ...]
 
 
 class Threaded:
@@ -25,72 +34,115 @@ class Threaded:
         backend: Backend,
         group: Group,
         every: Every | None,
-        codecs: tuple[tuple[str, Codec], ...],
+        codecs: _Codecs,
         account: Account,
+        tiers: Tiers | None = None,
     ) -> None:
         self._backend, self._group, self._every, self._codecs, self._account = backend, group, every, codecs, account
         self._planner = Planner()
         self._handle: SaveHandle | None = None  # of the last save begun
-        self._last = time.monotonic()
+        self._place = b""  # where that went
+        self._last = self._last_local = time.monotonic()
+        self._tiers = tiers
+        self._trickle = Trickle(tiers, account.keep, account.arrived, account.detained) if tiers else None
 
     def begin(self, state: Any, start: int) -> None:
-        """A life begins. Nothing is to be made ready for it."""
+        """A life begins. What an earlier one left to be brought to the remote is brought there."""
         self._handle = None
+        if self._trickle is not None:
+            self._trickle.wake()
 
     def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle | None:
         """Begins to save a step, if it is due and no other is being saved."""
         try:
-            return self._start(state, step, metrics) if self._due(step) else None
+            place = self._due(step)
+            return self._start(state, step, metrics, place) if place else None
         except Exception as e:
             self._account.failed(step, f"step {step} was not saved, training goes on", e)
             return None
 
-    def _due(self, step: int) -> bool:
-        """All ranks must answer alike: clocks, and whether a save is under way, decide only on the leader."""
-        every = self._every
-        if every is None or (every.minutes is None and not every.due(step, self._last)):
-            return False
+    def _due(self, step: int) -> bytes:
+        """Where a step is to be saved, if anywhere. All ranks must answer alike: clocks, and whether a save is under way,
+        decide only on the leader."""
+        local = self._tiers.spec.every if self._tiers else None
+        if not any(e is not None and (e.minutes is not None or e.due(step, 0.0)) for e in (self._every, local)):
+            return b""
 
         def decide(_: list[bytes]) -> bytes:
-            if not every.due(step, self._last):
+            remote = self._every is not None and self._every.due(step, self._last)
+            if not remote and (local is None or not local.due(step, self._last_local)):
                 return b""
-            return b"skip" if self._handle is not None and not self._handle.done() else b"save"
+            if self._handle is not None and not self._handle.done():
+                return _SKIP
+            return self._where(remote)
 
         answer = self._group.round(f"due {step}", b"", decide)
-        if answer == b"skip":
+        if answer == _SKIP:
             self._account.skipped(step, "the save before was still under way")
-        return answer == b"save"
+        return b"" if answer == _SKIP else answer
 
-    def _start(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle:
-        request = Request(self._backend, step, self._account.generation, metrics, self._codecs)
+    def _where(self, due: bool) -> bytes:
+        """Where to save: on the local tier, unless the last save failed there."""
+        if self._tiers is None:
+            return _REMOTE
+        handle = self._handle
+        failed = handle is not None and self._place != _REMOTE and handle.done() and not handle.committed()
+        return _REMOTE if failed else _BOTH if due else _LOCAL
+
+    def _start(self, state: Any, step: int, metrics: Mapping[str, float], place: bytes) -> SaveHandle:
+        backend, folder = self._backend, step_folder(step, self._account.generation)
+        if self._tiers is not None and place != _REMOTE:
+            backend = self._tiers.local
+            if self._group.rank == 0:
+                self._tiers.begin(folder, place == _BOTH)
+        self._place = place
+        request = Request(backend, step, self._account.generation, metrics, self._codecs)
         self._handle = begin_save(
-            request, state, self._group, self._planner, after=lambda outcome: self._ended(step, outcome)
+            request, state, self._group, self._planner, after=lambda outcome: self._ended(step, folder, place, outcome)
         )
-        self._last = time.monotonic()
+        self._last_local = time.monotonic()
+        self._last = self._last if place == _LOCAL else self._last_local
         self._account.report.stalled += self._handle.stalled
         return self._handle
 
-    def _ended(self, step: int, outcome: SaveReport | Exception) -> None:
+    def _ended(self, step: int, folder: str, place: bytes, outcome: SaveReport | Exception) -> None:
         """The bookkeeping of a save that has ended, in the thread that did it."""
         if isinstance(outcome, Exception):
             self._account.failed(step, f"step {step} was not saved, training goes on", outcome)
         else:
             self._account.committed(outcome)
+        if self._tiers is not None and self._trickle is not None and place != _REMOTE:
+            self._tiers.share(folder)
+            self._trickle.wake()
 
     def store(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveReport:
-        """Has a step in storage when it returns, unless it raises."""
+        """Has a step in storage when it returns, unless it raises; with two tiers, in the local one and due for the other."""
         handle = self._handle
         if handle is None or handle.step != step or (handle.done() and not handle.committed()):
             try:
-                handle = self._start(state, step, metrics)
+                place = self._group.round(f"store {step}", b"", lambda _: self._where(True)) if self._tiers else _REMOTE
+                handle = self._start(state, step, metrics, place)
             except Exception as e:
                 self._account.failed(step, "", e)
                 raise
-        return handle.result()
+        report = handle.result()
+        if self._tiers is not None and self._trickle is not None and self._place == _LOCAL:
+            if self._tiers.leads:
+                self._tiers.begin(step_folder(report.step, report.generation), due=True)
+            self._place = _BOTH
+            self._trickle.wake()
+        return report
 
     def wait(self, timeout: float | None) -> bool:
-        """Waits until the save under way has ended, well or not; False if it has not after `timeout` seconds."""
-        return self._handle is None or self._handle.done(timeout)
+        """Waits until the save under way has ended, well or not, and what is due for the remote tier is there or cannot be
+        brought there now; False if that is not so after `timeout` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        if self._handle is not None and not self._handle.done(timeout):
+            return False
+        left = None if until is None else max(0.0, until - time.monotonic())
+        return self._trickle is None or self._trickle.quiet(left)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Stops bringing steps to the remote; what is left the next life brings."""
+        if self._trickle is not None:
+            self._trickle.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.backends import Backend
-from ckpt.catalog import delete_step, list_run, with_ledger, write_ledger
+from ckpt.catalog import Step, delete_step, list_run, with_ledger, write_ledger
 from ckpt.config import settings
 from ckpt.errors import CkptError, UsageError
 from ckpt.events import Event, Events
@@ -26,6 +26,7 @@ __all__ = ["Account", "CloseReport", "Metrics", "numbers", "retain", "warn_per_r
 
 log = logging.getLogger("ckpt")
 Metrics = Mapping[str, Any]
+_LATER = 100_000  # rows that wait for a store that is away
 
 
 def numbers(metrics: Metrics | None) -> dict[str, float]:
@@ -53,7 +54,8 @@ def write_rows(backend: Backend, generation: int, waiting: deque[dict[str, objec
     try:
         write_ledger(backend, name, rows)
     except CkptError as e:
-        log.error("ckpt: metrics of %d steps were not written: %s", len(rows), e)
+        log.error("ckpt: metrics of %d steps were not written yet: %s", len(rows), e)
+        waiting.extendleft(reversed(rows[-_LATER:]))
 
 
 def retain(backend: Backend, policies: Sequence[Policy], needed: Container[str] = ()) -> None:
@@ -86,6 +88,8 @@ class CloseReport:
 
     steps counted; snapshots `sealed` in memory by all ranks, and `voided`; saves to storage `committed` and `failed`;
     steps that were due and `skipped`; bytes stored by all ranks; seconds that saves held up the loop; the last error.
+    With a local tier: steps that `arrived` at the remote, and how often one could not be brought there (`detained`), on the
+    rank that does this for its host.
     """
 
     steps: int = 0
@@ -94,6 +98,8 @@ class CloseReport:
     committed: int = 0
     failed: int = 0
     skipped: int = 0
+    arrived: int = 0
+    detained: int = 0
     bytes: int = 0
     stalled: float = 0.0
     last_step: int | None = None
@@ -157,6 +163,16 @@ class Account:
             commit=max(0.0, done.seconds - done.seconds_plan - done.seconds_write), bytes=done.bytes_here,
         )  # fmt: skip
         self.tidy()
+
+    def arrived(self, step: Step, sent: int) -> None:
+        """A step has reached the remote tier."""
+        self.report.arrived += 1
+        self.tidy()
+
+    def detained(self, step: Step, e: Exception) -> None:
+        """Counts a step that could not be brought to the remote tier now."""
+        self.report.detained += 1
+        self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"
 
     def failed(self, step: int, what: str, e: Exception) -> None:
         """Counts a failed save, and logs it once with its cause; with the way to it only if it is not one of ours."""

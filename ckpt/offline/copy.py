@@ -20,13 +20,14 @@ from ckpt.catalog import delete_step, list_run, parse_ref, resolve
 from ckpt.checkpoint import Checkpoint
 from ckpt.commit import read_commit, read_manifest
 from ckpt.config import settings
-from ckpt.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+from ckpt.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
 
-__all__ = ["CopyReport", "copy", "plan_copy"]
+__all__ = ["CopyReport", "copy", "copy_step", "plan_copy"]
 
 _SMALL = 1 << 32
 _BUFFER = 16 << 20
 _THREADS = 4
+_ARRIVED = ".arrived"
 Progress = Callable[[int], None]
 
 
@@ -85,7 +86,7 @@ def copy(
     for name in _small(source, folders, whole):
         _once(source, target, name)
     for folder in plan.copied:
-        sent += _copy_step(source, target, folder, progress)
+        sent += copy_step(source, target, folder, progress)[0]
     for folder in plan.removed:
         delete_step(target, folder)
     source.close()
@@ -151,9 +152,20 @@ def _once(source: Backend, target: Backend, name: str) -> None:
             ) from None
 
 
-def _copy_step(source: Backend, target: Backend, folder: str, progress: Progress | None) -> int:
-    """One step, its commit last. Returns the bytes of packs that were sent."""
+def copy_step(
+    source: Backend, target: Backend, folder: str, progress: Progress | None = None, *, elsewhere: bool = False
+) -> tuple[int, bool]:
+    """One step, its commit last. Returns the bytes of packs that were sent, and whether the target has it committed.
+
+    elsewhere  packs that the source does not have are with others, who copy them, too: each pack that has arrived intact
+               gets a receipt, and whoever finds all of them writes the commit, which is the same bytes for all
+
+    Raises what `copy` does, and what `progress` raises; then what was under way is given up, and the rest stands.
+    """
+    if elsewhere and _same(source, target, folder):
+        return 0, True
     commit, sent = read_commit(source, folder), 0
+    absent: list[str] = []
     with suppress(NotFoundError):
         _once(source, target, f"{folder}/{commit.attempt}/attempt.json")  # the right to write there
     read_manifest(source, commit)
@@ -161,12 +173,19 @@ def _copy_step(source: Backend, target: Backend, folder: str, progress: Progress
     there = Checkpoint(target, commit)
     for p in range(len(there.manifest.packs)):
         path, size = f"{folder}/{there.manifest.pack_path(p)}", int(there.manifest.packs.size[p])
+        if elsewhere and _arrived(target, path):
+            continue
+        if elsewhere and not _arrived(source, path, ""):
+            absent.append(path)
+            continue
         if not _problems(there, p):
             if progress is not None:
                 progress(size)
+            if elsewhere:
+                _receipt(target, path)
             continue
         if _same(source, target, folder):  # another copy has committed it meanwhile: nothing of it is touched any more
-            return sent
+            return sent, True
         target.delete(path)
         _send(source, target, path, size, progress)
         sent += size
@@ -175,8 +194,28 @@ def _copy_step(source: Backend, target: Backend, folder: str, progress: Progress
             if not _same(source, target, folder):
                 target.delete(path)
             raise IntegrityError(f"{problems[0]}; check the source with `ckpt verify {source.root}/{folder}`")
+        if elsewhere:
+            _receipt(target, path)
+    if not all(_arrived(target, path) for path in absent):
+        return sent, _same(source, target, folder)
     _once(source, target, f"{folder}/commit.json")
-    return sent
+    if elsewhere:
+        for p in range(len(there.manifest.packs)):
+            with suppress(StorageError):  # what is left of them is litter
+                target.delete(f"{folder}/{there.manifest.pack_path(p)}{_ARRIVED}")
+    return sent, True
+
+
+def _arrived(target: Backend, path: str, name: str = _ARRIVED) -> bool:
+    try:
+        return target.size(f"{path}{name}") >= 0
+    except NotFoundError:
+        return False
+
+
+def _receipt(target: Backend, path: str) -> None:
+    with suppress(ConflictError):
+        target.create(f"{path}{_ARRIVED}", b"intact\n")
 
 
 def _problems(there: Checkpoint, pack: int) -> list[str]:

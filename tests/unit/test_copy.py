@@ -18,7 +18,7 @@ from ckpt.backends import Backend, LocalBackend, backend_for
 from ckpt.backends.faulty import Fault, FaultyBackend
 from ckpt.cli import cli
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, UsageError
-from ckpt.offline.copy import _copy_step, copy, plan_copy
+from ckpt.offline.copy import copy, copy_step, plan_copy
 
 
 def state(step: int) -> dict[str, Any]:
@@ -192,5 +192,5 @@ def test_a_step_that_is_committed_meanwhile_is_not_touched(run: Path, tmp_path: 
     pack.write_bytes(pack.read_bytes()[:-1])
     before = files(tmp_path / "to")
     source, target = LocalBackend(str(run)), LocalBackend(str(tmp_path / "to"))
-    assert _copy_step(source, target, pack.parents[1].name, None) == 0
+    assert copy_step(source, target, pack.parents[1].name) == (0, True)
     assert files(tmp_path / "to") == before

@@ -1,0 +1,180 @@
+"""What brings steps from the local tier to the remote one: one thread a folder, behind everything else.
+
+It is in nobody's way: it runs at the lowest priority, waits for no save, and holds nothing that a save needs. What it
+could not do it tries again with the next step, and after a while; a process that comes after this one goes on where it
+stopped, since what is due stands in the local tier.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from ckpt.catalog import Step, delete_tree, leftovers, list_run
+from ckpt.config import settings
+from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, StorageError
+from ckpt.offline.copy import copy_step
+from ckpt.retention import Policy, kept
+from ckpt.tiers import DUE, Tiers, exists_at
+from ckpt.upkeep import retain
+
+__all__ = ["Trickle"]
+
+log = logging.getLogger("ckpt")
+_AGAIN = 60.0
+_OTHERS = 0.5  # seconds until the first look at whether other hosts are done; more and more later
+
+
+class _Stopped(Exception):
+    """The process is about to end."""
+
+
+class Trickle:
+    """keep     retention policies of the remote: what they would not keep there is not brought there, if something newer is
+    arrived  told of every step that reached the remote, and the bytes that were sent
+    failed   told of every failure
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        keep: Sequence[Policy],
+        arrived: Callable[[Step, int], None],
+        failed: Callable[[Step, Exception], None],
+        again: float = _AGAIN,
+    ) -> None:
+        self._tiers, self._keep, self._arrived, self._failed, self._again = tiers, tuple(keep), arrived, failed, again
+        self._changed = threading.Condition()
+        self._asked = self._busy = self._over = False
+        self._waiting = 0.0  # seconds until the next look at whether other hosts are done
+        self._thread: threading.Thread | None = None
+        self._ill = ""  # what was said of the failures under way
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if not self._tiers.leads:
+            return
+        with self._changed:
+            self._asked = True
+            self._changed.notify_all()
+            if self._thread is None and not self._over:
+                self._thread = threading.Thread(target=self._run, name="ckpt-trickle", daemon=True)
+                self._thread.start()
+
+    def quiet(self, timeout: float | None) -> bool:
+        """Waits until nothing is left to bring, or trying failed; False if that is not so after `timeout` seconds."""
+        with self._changed:
+            return self._thread is None or self._changed.wait_for(
+                lambda: not (self._asked or self._busy or self._waiting), timeout
+            )
+
+    def close(self) -> None:
+        """Stops, in the middle of a step if need be."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(settings().deadline)
+
+    def pending(self) -> list[Step]:
+        """The steps of the local tier that are to reach the remote and have not, the newest first."""
+        found = [s for s in list_run(self._tiers.local).committed if exists_at(self._tiers.local, f"{s.folder}/{DUE}")]
+        return sorted(found, key=lambda s: (-s.generation, -s.step))
+
+    def _run(self) -> None:
+        with suppress(OSError):  # of this thread and those it starts, on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        pause: float | None = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked or self._over, pause)
+                if self._over:
+                    return
+                self._asked, self._busy = False, True  # who asks from now on asks for another pass
+            try:
+                pause = self._pass()
+            except _Stopped:
+                return
+            except Exception as e:
+                pause, self._waiting = self._again, 0.0
+                log.error("ckpt: the local tier: %s", e, exc_info=None if isinstance(e, CkptError) else e)
+            with self._changed:
+                self._busy = False
+                self._waiting = self._waiting if pause else 0.0
+                self._changed.notify_all()
+
+    def _pass(self) -> float | None:
+        """Brings what is due. Returns in how many seconds to try again, if anything is left."""
+        again: float | None = None
+        steps = self.pending()
+        for n, step in enumerate(steps):
+            if n and not self._wanted(step):
+                self._settled(step)
+                continue
+            began = time.monotonic()
+            try:
+                sent, done = self._bring(step)
+            except StorageError as e:
+                self._say(step, e)
+                again, self._waiting = self._again, 0.0
+                break  # the others would fare no better
+            except (IntegrityError, FormatError, ConflictError) as e:  # never to be had
+                self._failed(step, e)
+                log.error("ckpt: %s stays on the local disk: %s", step.folder, e)
+                self._settled(step)
+                continue
+            if not done:
+                again = self._waiting = min(self._again, max(_OTHERS, 2 * self._waiting))
+                continue
+            if self._ill:
+                log.warning("ckpt: %s can be reached again; steps go there as before", self._tiers.remote.root)
+                self._ill = ""
+            log.info("ckpt: %s reached the remote after %.1f s", step.folder, time.monotonic() - began)
+            self._settled(step)
+            self._arrived(step, sent)
+        self._tidy()
+        return again
+
+    def _bring(self, step: Step) -> tuple[int, bool]:
+        return copy_step(
+            self._tiers.local, self._tiers.behind, step.folder, self._look_up, elsewhere=not self._tiers.alone
+        )
+
+    def _look_up(self, _: int) -> None:
+        if self._over:
+            raise _Stopped
+
+    def _wanted(self, step: Step) -> bool:
+        """Whether the remote would keep a step that something newer has overtaken."""
+        if not self._keep:
+            return True
+        there = list_run(self._tiers.behind)
+        steps = [*there.steps, *(s for s in self.pending() if s.folder not in {t.folder for t in there.committed})]
+        steps = [s for s in steps if s.commit is not None]
+        steps.sort(key=lambda s: (s.generation, s.step))
+        return kept(type(there)(there.run, there.generations, tuple(steps)), self._keep).get(step.folder, True)
+
+    def _settled(self, step: Step) -> None:
+        self._tiers.local.delete(f"{step.folder}/{DUE}")
+
+    def _say(self, step: Step, e: Exception) -> None:
+        """Counts a failure; says so once until it is over."""
+        self._failed(step, e)
+        if not self._ill:
+            log.error(
+                "ckpt: %s did not reach %s, it is on the local disk only; this is tried again with the steps to come: %s",
+                step.folder, self._tiers.remote.root, e,
+            )  # fmt: skip
+        self._ill = str(e)
+
+    def _tidy(self) -> None:
+        """Deletes what no policy of the local tier keeps, and what failed saves left there."""
+        local = self._tiers.local
+        retain(local, self._tiers.spec.keep, {s.folder for s in self.pending()})
+        for path in leftovers(local, list_run(local), 2 * settings().deadline):
+            delete_tree(local, path)
