@@ -1,9 +1,9 @@
 """How fast is `ckpt average`, and how much memory does it take?
 
 Ten checkpoints are averaged into a new one, by a fresh process each time. The limit is what the disk needs at least: a
-plain read of as many bytes into one warm buffer, then a direct write of the result's bytes, one after the other, in the
-same round. Reads are cold (the files are dropped from the page cache) unless --warm. Peak memory is that of the process, its
-interpreter included.
+plain read of as many bytes into one warm buffer, through the page cache or past it, whichever was quicker in the same round,
+then a direct write of the result's bytes, one after the other. Reads are cold (the files are dropped from the page cache)
+unless --warm. Peak memory is that of the process, its interpreter included.
 """
 
 from __future__ import annotations
@@ -28,9 +28,20 @@ import ckpt
 from benchmarks.harness import empty, rotated, settle
 from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, verdict, workspace
 
-READ, WRITE, CKPT = "limit: reads", "limit: direct write", "ckpt average"
+READ, PAST, WRITE, CKPT = "limit: reads", "limit: direct reads", "limit: direct write", "ckpt average"
 ASKED_RATIO, ASKED_PEAK = 0.80, 1024.0
 _BLOCK = 8 << 20
+
+# getrusage would tell the peak of the process that started it, if that was higher.
+_VERB = """
+import atexit
+def peak():
+    with open("/proc/self/status") as file:
+        print("\\n" + next(line.split()[1] for line in file if line.startswith("VmHWM")))
+atexit.register(peak)
+from ckpt.cli import main
+main()
+"""
 
 
 def make(run: Path, checkpoints: int, gib: float, dtype: torch.dtype) -> None:
@@ -57,7 +68,7 @@ def chill(files: Sequence[Path]) -> None:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_all(files: Sequence[Path], buffer: memoryview) -> None:
+def read_all(files: Sequence[Path], buffer: memoryview, flags: int = 0) -> None:
     """Reads every file into the same warm buffer, two threads at a time."""
     todo = iter([(f, at) for f in files for at in range(0, f.stat().st_size, _BLOCK)])
     lock = threading.Lock()
@@ -68,7 +79,7 @@ def read_all(files: Sequence[Path], buffer: memoryview) -> None:
                 job = next(todo, None)
             if job is None:
                 return
-            fd = os.open(job[0], os.O_RDONLY)
+            fd = os.open(job[0], os.O_RDONLY | flags)
             try:
                 os.preadv(fd, [mine], job[1])
             finally:
@@ -95,23 +106,23 @@ def write_all(path: Path, nbytes: int, buffer: memoryview) -> None:
 
 def average(run: Path, dst: Path, weights: str) -> dict[str, float]:
     """One process: its own seconds without the interpreter's start, and its peak in MiB."""
-    command = [sys.executable, "-m", "ckpt.cli", "average", str(run), "--to", str(dst), "--weights", weights, "--json"]
+    command = [sys.executable, "-c", _VERB, "average", str(run), "--to", str(dst), "--weights", weights, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         with closing(process.stdout):
-            said = json.loads(process.stdout.read())
+            said, peak = (json.loads(line) for line in process.stdout.read().decode().rstrip().rsplit("\n", 1))
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(said["error"]["message"])
-    return {"seconds": said["seconds"], "peak_mib": usage.ru_maxrss / 1024, "cpu": usage.ru_utime + usage.ru_stime}
+    return {"seconds": said["seconds"], "peak_mib": peak / 1024, "cpu": usage.ru_utime + usage.ru_stime}
 
 
 def measure(run: Path, path: Path, rounds: int, warm: bool, weights: str) -> dict[str, list[dict[str, float]]]:
     files = packs(run)
     buffer = memoryview(mmap.mmap(-1, 2 * _BLOCK))
     buffer[:] = bytes(len(buffer))
-    out: dict[str, list[dict[str, float]]] = {READ: [], WRITE: [], CKPT: []}
+    out: dict[str, list[dict[str, float]]] = {READ: [], PAST: [], WRITE: [], CKPT: []}
     for number in range(rounds + 1):
         for name in rotated(list(out), number):
             if not warm:
@@ -120,8 +131,8 @@ def measure(run: Path, path: Path, rounds: int, warm: bool, weights: str) -> dic
             began = time.perf_counter()
             if name == CKPT:
                 sample = average(run, path / "dst", weights)
-            elif name == READ:
-                read_all(files, buffer)
+            elif name in (READ, PAST):
+                read_all(files, buffer, os.O_DIRECT if name == PAST else 0)
                 sample = {"seconds": time.perf_counter() - began}
             else:
                 write_all(path / "written", files[0].stat().st_size, buffer)
@@ -150,14 +161,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _table(part: dict[str, Any]) -> Table:
-    reads, writes, ours = (part["samples"][name] for name in (READ, WRITE, CKPT))
+    reads, past, writes, ours = (part["samples"][name] for name in (READ, PAST, WRITE, CKPT))
     title = f"ckpt average {part['weights']}, {part['checkpoints']} checkpoints of {part['gib']:g} GiB, {part['dtype']}"
     table = Table(
         f"{title}, {'warm' if part['warm'] else 'cold'}", ["", "seconds", "of the limit", "CPU s", "peak MiB"]
     )
-    for name, samples in ((READ, reads), (WRITE, writes)):
+    for name, samples in ((READ, reads), (PAST, past), (WRITE, writes)):
         table.rows.append([name, spread([s["seconds"] for s in samples]), "", "", ""])
-    ratios = [(r["seconds"] + w["seconds"]) / s["seconds"] for r, w, s in zip(reads, writes, ours, strict=True)]
+    limits = [min(r["seconds"], p["seconds"]) + w["seconds"] for r, p, w in zip(reads, past, writes, strict=True)]
+    ratios = [limit / s["seconds"] for limit, s in zip(limits, ours, strict=True)]
     peak = max(s["peak_mib"] for s in ours)
     table.rows.append(
         [
@@ -170,7 +182,7 @@ def _table(part: dict[str, Any]) -> Table:
     )
     table.notes.append(
         f"{part['read_bytes'] / 1e9:.2f} GB read, a {part['checkpoints']}th of it written; {len(ours)} rounds. Of the limit: seconds of "
-        "the plain reads plus those of the plain write, over those of ckpt average, in the same round; it reads and writes at once."
+        "the quicker plain reads plus those of the plain write, over those of ckpt average, in the same round; it reads and writes at once."
     )
     return table
 

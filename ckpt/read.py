@@ -223,15 +223,21 @@ def read_targets(
     *,
     threads: int = 2,
     progress: Callable[[int], None] | None = None,
+    opened: dict[int, Pack] | None = None,
 ) -> ReadStats:
     """Fills all targets from the packs under `folder`. Returns what it took.
 
-    Uses `threads` threads with 4 MiB of scratch memory each. Raises IntegrityError naming file, block and tensor
+    Uses `threads` threads with 4 MiB of scratch memory each. `opened`: packs that a call before this one has opened, by
+    index; afterwards those that this one needed. Raises IntegrityError naming file, block and tensor
     for the first bytes that are not what was written; the targets' content is then undefined.
     """
     stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
     plan = plan_reads(manifest, targets)
-    packs = {index: Pack(backend, folder, manifest, index, stats) for index in sorted(plan)}
+    known = {} if opened is None else dict(opened)
+    packs = {index: known.get(index) or Pack(backend, folder, manifest, index, stats) for index in sorted(plan)}
+    if opened is not None:
+        opened.clear()
+        opened.update(packs)
     jobs = itertools.chain.from_iterable(_jobs(pack, plan[index]) for index, pack in packs.items())
     few = stats.needed < 4 * _JOB
     stats.read += _run_all(jobs, 1 if few else threads, progress)

@@ -42,11 +42,13 @@ def _storage(doing: str, path: str) -> Iterator[None]:
 
 
 class LocalBackend:
-    """Files below `root` (a path)."""
+    """Files below `root` (a path). `direct`: whether page cache is gone past where that is quicker."""
+
+    _flags = 0  # with which files are opened for reading, besides the usual ones
 
     def __init__(self, root: str, *, direct: bool = True) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
-        self._direct = direct
+        self.direct = direct
         self._lock = threading.Lock()
         self._files: dict[str, _Handle] = {}
 
@@ -96,7 +98,7 @@ class LocalBackend:
         full = self._at(path)
         with _storage("creating", full):
             self._make_parent(full)
-            return _FileUpload(full, size, self._direct)
+            return _FileUpload(full, size, self.direct)
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         file = self._files.get(path)
@@ -177,7 +179,7 @@ class LocalBackend:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = _Handle(_open_file(full))
+                file = self._files[path] = _Handle(_open_file(full, self._flags))
                 if len(self._files) > _OPEN_FILES:
                     self._files.pop(next(iter(self._files)))
             return file
@@ -258,9 +260,9 @@ def _identity(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _open_file(full: str) -> int:
+def _open_file(full: str, flags: int = 0) -> int:
     """A descriptor for reading a plain file: anything else (a pipe would block) is not what its name says."""
-    fd = os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend, backend_for
+from ckpt.backends.direct import read_once
 from ckpt.catalog import parse_ref
 from ckpt.commit import Commit, read_commit, read_manifest
+from ckpt.config import settings
 from ckpt.errors import MismatchError
 from ckpt.format.codec import BLOCK
 from ckpt.format.fragment import Box
@@ -37,11 +39,13 @@ Boxes = Sequence[tuple[int, Box]]
 class Blend:
     """A recipe with its checkpoints open. `manifest`: what the result consists of, as the base stores it.
 
+    once   it is read once, so that nothing is gained by the page cache
+
     Raises NotFoundError, IntegrityError or FormatError for checkpoints that are gone or damaged, MismatchError for one
     that is not the one that the recipe was made of.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, once: bool = False) -> None:
         self.recipe, self.stats = recipe, ReadStats()
         self._room = Room()
         self._open: dict[str, Backend] = {}
@@ -51,8 +55,10 @@ class Blend:
         try:
             for term in recipe.terms:
                 parsed = parse_ref(term.ref)
-                self.backends.append(self._open.get(parsed.run) or backend_for(parsed.run))
-                self._open[parsed.run] = self.backends[-1]  # one for a run: it bounds how many files are open
+                if parsed.run not in self._open:  # one for a run: it bounds how many files are open
+                    backend = backend_for(parsed.run, direct=settings().direct)
+                    self._open[parsed.run] = read_once(backend) if once else backend
+                self.backends.append(self._open[parsed.run])
                 commit = read_commit(self.backends[-1], parsed.which)
                 if f"{commit.manifest_crc:08x}" != term.manifest:
                     raise MismatchError(

@@ -123,7 +123,7 @@ class _Combined:
         self.ranks = 0
 
     def outline(self) -> Outline:
-        self.blend = Blend(self._recipe)
+        self.blend = Blend(self._recipe, once=True)
         self.found = self.blend.match()
         m = self.blend.manifest
         self.ranks = m.world if self._ranks is None else self._ranks

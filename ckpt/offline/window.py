@@ -13,17 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
+from ckpt.backends.direct import PAGE
 from ckpt.format.codec import BLOCK
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box, flat_boxes
 from ckpt.format.manifest import Manifest
 from ckpt.read import Target, read_targets
-from ckpt.stored import ReadStats
+from ckpt.stored import Pack, ReadStats
 
 __all__ = ["Part", "Stream", "cut_windows"]
 
 Bytes = npt.NDArray[np.uint8]
 _ALIGN = 64
+_LARGE = 64 << 10  # bytes of a part that is worth being left a page for
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Stream:
         kinds = {t: dtype(manifest.tensors[t].dtype) for t in {t for t, _ in boxes}}
         self.sizes = [box.numel * kinds[t].itemsize for t, box in boxes]
         self._kinds = kinds
+        self._packs: dict[int, Pack] = {}  # those of the last window
 
     def __iter__(self) -> Iterator[list[Part]]:
         memory: list[Bytes] = []
@@ -85,7 +88,7 @@ class Stream:
             ahead: Future[list[Part]] | None = None
             for turn, cuts in enumerate(cut_windows(self.sizes, self._limit)):
                 if len(memory) < 2:
-                    memory.append(np.empty(min(self._limit, self._total()), dtype=np.uint8))
+                    memory.append(_pages(min(self._limit, self._total()) * 17 // 16))
                 # The window before this one is complete before its successor is asked for: its memory is the other one.
                 ready = ahead.result() if ahead is not None else None
                 ahead = pool.submit(self._fill, memory[turn % 2], cuts)
@@ -102,14 +105,22 @@ class Stream:
         parts: list[Part] = []
         at = 0
         for index, start, stop in cuts:
+            at += self._shift(at, index, start, stop)
             data = memory[at : at + stop - start]
             parts.append(Part(index, start, data))
             targets += self._targets(index, start, data)
             at += -(-(stop - start) // _ALIGN) * _ALIGN
-        stats = read_targets(self._backend, self._folder, self._manifest, targets, threads=1)
+        stats = read_targets(self._backend, self._folder, self._manifest, targets, threads=1, opened=self._packs)
         self.stats.needed += stats.needed
         self.stats.read += stats.read
         return parts
+
+    def _shift(self, at: int, index: int, start: int, stop: int) -> int:
+        """Bytes to leave free before a part, so that it begins in a page of memory where it does in the file."""
+        if stop - start < _LARGE:
+            return 0
+        row = self._manifest.find_box(*self._boxes[index])
+        return 0 if row is None else (int(self._manifest.offset[row]) + start - at) % PAGE
 
     def _targets(self, index: int, start: int, data: Bytes) -> Iterator[Target]:
         tensor, box = self._boxes[index]
@@ -120,3 +131,10 @@ class Stream:
             moved = Box(tuple(o + p for o, p in zip(box.offset, part.offset, strict=True)), part.shape)
             yield Target(tensor, moved, data[at : at + n].view(kind.numpy).reshape(part.shape))
             at += n
+
+
+def _pages(n: int) -> Bytes:
+    """Uninitialised memory that begins with a page."""
+    memory = np.empty(n + PAGE, dtype=np.uint8)
+    first = -memory.ctypes.data % PAGE
+    return memory[first : first + n]
