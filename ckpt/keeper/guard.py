@@ -147,10 +147,13 @@ class Guard:
 
     @classmethod
     def resume(
-        cls, generation: int, placement: Placement, inventories: Collection[Inventory]
+        cls, generation: int, placement: Placement, inventories: Collection[Inventory], number: int = 0
     ) -> tuple[Guard, list[Decision]]:
-        """A life begins, with what all hosts hold that can be reached, of this life or not, once they are fenced."""
-        guard = cls(generation, placement)
+        """A life begins, with what all hosts hold that can be reached, of this life or not, once they are fenced.
+
+        `number`: above it the attempts are counted; the highest of a fence of this life, where it was led before.
+        """
+        guard = cls(generation, placement, number=number)
         by_host = {i.host: i for i in inventories}
         guard.lost = set(placement.names - by_host.keys())
         found = {(a.key, n): a.placement for i in inventories for n, a in enumerate(i.areas) if a is not None}
@@ -228,6 +231,20 @@ class Guard:
             out.append(Forget(self.waiting.key, f"gone with {host}"))
             self.waiting = None
         return out + self._consider()
+
+    def back(self, host: str) -> None:
+        """A host that was out of reach is there again, with its memory: the next complete step counts on it."""
+        self.lost.discard(host)
+
+    def spoil(self, host: str, key: Key) -> list[Decision]:
+        """A host's part of a step is not what was sealed. Unless it is announced, and so can be rebuilt, it is of no use."""
+        why = f"its part on {host} is damaged"
+        if self.waiting and self.waiting.key == key:
+            self.waiting = None
+            return [Forget(key, why)]
+        if self.encoding is None or self.encoding.step.key != key:
+            return []
+        return [*self._abandon(), Forget(self._given_up().key, why), *self._consider()]
 
     def _group(self, host: str, mark: Mark) -> int | None:
         """The group that works under a mark, if the host is in it; None for what is no longer, or never was, asked for."""
@@ -315,8 +332,16 @@ class Ward:
         if (generation, 0) < self.fence:
             return None
         self.fence = (generation, 0)
+        return self.tell()
+
+    def tell(self) -> Inventory:
+        """What this host holds now."""
         first, second = (a.area if a is not None and a.encoded else None for a in self.areas)
         return Inventory(self.host, dict(self.whole), (first, second), frozenset(self.spoiled))
+
+    def pin(self) -> None:
+        """Nothing of an attempt that was ordered until now is begun or folded any more: what is there stays as it is."""
+        self.fence = (self.fence[0], self.fence[1] + 1)
 
     def hold(self, key: Key, placement: Placement) -> None:
         """A step is complete, and this host's part of it is in a slot."""

@@ -202,6 +202,42 @@ def test_a_host_of_the_new_life_that_does_not_answer() -> None:
     assert guard.complete((2, 0)) == [Forget((2, 0), "gone with d")]
 
 
+def test_a_host_that_was_out_of_reach_is_counted_on_again() -> None:
+    """What was not announced went with it; what is complete from now on is protected."""
+    guard, _ = life()
+    guard.complete((1, 0))
+    guard.lose("b")
+    assert guard.held() == set() and guard.complete((1, 1)) == [Forget((1, 1), "gone with b")]
+    guard.back("b")
+    first = guard.complete((1, 2))
+    assert first == [Start((1, 2), (1, 2), 0, ONE, 0)] and encode(guard, first) == [Announce((1, 2), ONE)]
+
+
+def test_a_step_with_a_damaged_part_is_not_protected() -> None:
+    """Encoding it would protect the damage; once it is announced it is one part that is lost, and can be rebuilt."""
+    guard, _ = life()
+    encode(guard, guard.complete((1, 0)))
+    [mark] = marks(guard.complete((1, 1)))
+    guard.complete((1, 2))
+    assert guard.spoil("c", (1, 0)) == [] == guard.spoil("c", (1, 9))
+    out = guard.spoil("c", (1, 1))
+    assert out == [
+        Abandon(mark, ONE, 0), Forget((1, 1), "its part on c is damaged"), Start((1, 3), (1, 2), 1, ONE, 0)
+    ]  # fmt: skip
+    guard.complete((1, 3))
+    assert guard.spoil("c", (1, 3)) == [Forget((1, 3), "its part on c is damaged")]
+    assert guard.held() == {(1, 0), (1, 2)}
+
+
+def test_a_life_that_another_seat_led_before_goes_on_above_its_marks() -> None:
+    ward, _ = started((1, 4))
+    ward.pin()
+    assert ward.fence == (1, 5) and ward.fold((1, 4), 0, 0) is Fold.NEVER
+    assert not ward.start(Start((1, 5), (1, 1), 1, ONE, 0)) and ward.tell() == Inventory("a", {}, (None, None))
+    guard, _ = Guard.resume(1, ONE, holding("abcd", {}, None), ward.fence[1])
+    assert marks(guard.complete((1, 1))) == [(1, 6)]
+
+
 def test_one_host_alone() -> None:
     alone = placement("a")
     guard, _ = life(1, "a")
