@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ckpt.checkpoint import Checkpoint
     from ckpt.checkpoint import open_checkpoint as open
     from ckpt.checkpointer import Checkpointer, CloseReport, async_save, load, save
-    from ckpt.config import Every
+    from ckpt.config import ErasureCode, Every, Replicas
     from ckpt.errors import (
         CapacityError,
         CkptError,
@@ -53,6 +53,7 @@ __all__ = [
     "CloseReport",
     "ConflictError",
     "DeadlineError",
+    "ErasureCode",
     "Every",
     "FormatError",
     "IntegrityError",
@@ -74,6 +75,7 @@ __all__ = [
     "PerRank",
     "Pickled",
     "Recipe",
+    "Replicas",
     "Replicated",
     "SaveHandle",
     "SaveReport",
@@ -112,6 +114,7 @@ _HOME = {
     "posthoc": "merge.recipe",
     "save": "checkpointer",
     "search": "merge.search",
+    "ErasureCode": "config",
     "Every": "config",
     "KeepAll": "retention",
     "KeepAny": "retention",
@@ -119,6 +122,7 @@ _HOME = {
     "KeepEvery": "retention",
     "KeepLast": "retention",
     "KeepWithin": "retention",
+    "Replicas": "config",
     "PerCoordinate": "objects",
     "PerRank": "objects",
     "Pickled": "objects",

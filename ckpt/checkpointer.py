@@ -14,7 +14,7 @@ from ckpt.background import SaveHandle, begin_save
 from ckpt.catalog import generations_in_use, list_run, parse_ref
 from ckpt.collective import current_group
 from ckpt.commit import open_generation
-from ckpt.config import Every, settings
+from ckpt.config import ErasureCode, Every, Replicas, settings
 from ckpt.errors import CkptError, DeadlineError, PeerError, UsageError
 from ckpt.events import Event, Events
 from ckpt.format.codec import CodecRule, parse_codecs
@@ -132,6 +132,8 @@ class Checkpointer:
     storage    when to save to storage, as Every(200); in the background, one save at a time
     memory     when to snapshot into CPU memory, as Every(1): in the hands of a keeper, a process of this host that
                outlives the trainer. What is due for storage is then written by the keeper, from a snapshot
+    redundancy what protects what is in memory from the loss of hosts, as ErasureCode(data=6, parity=2) or Replicas(2);
+               needs `memory`, and two hosts or more to do anything
     keep       retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
     codec      see `ckpt.save`; for storage only
     max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
@@ -142,7 +144,8 @@ class Checkpointer:
     All methods are collective: every rank calls them at the same place, also the constructor. A failed save never stops
     the loop: it is logged and counted, and `close` reports it. All ranks save and skip the same steps. Memory is reserved
     once, at the first `restore` that finds something or the first `step`: as much as this rank writes, or with `memory`
-    twice that, thrice if `storage` is given too.
+    twice that, thrice if `storage` is given too, and with `redundancy` once more; the keeper takes for parity twice as much
+    as this rank writes times parity / data.
 
     Raises ConflictError if another job trains this run on this host. Where no keeper can be had, `memory` is given up
     for the whole job, and said so.
@@ -155,6 +158,7 @@ class Checkpointer:
         *,
         storage: Every | None = None,
         memory: Every | None = None,
+        redundancy: ErasureCode | Replicas | None = None,
         keep: Sequence[Policy] = (),
         codec: CodecRule | None = None,
         max_stale: float | None = None,
@@ -163,6 +167,10 @@ class Checkpointer:
     ) -> None:
         if storage is None and memory is None:
             raise UsageError("storage=ckpt.Every(n), memory=ckpt.Every(n) or both: say when to save")
+        if redundancy is not None and memory is None:
+            raise UsageError(f"redundancy={redundancy} protects what is in memory: give memory=ckpt.Every(n), too")
+        if not isinstance(redundancy, ErasureCode | Replicas | None):
+            raise UsageError(f"redundancy={redundancy!r}: a ckpt.ErasureCode, a ckpt.Replicas or None")
         if max_stale is not None and not max_stale > 0:
             raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
         if local is not None and (memory is not None or storage is None):
@@ -179,7 +187,8 @@ class Checkpointer:
         self._kept: Kept | None = None
         if memory is not None:
             try:
-                self._kept = Kept(self._backend, self._group, Schedule(memory, storage, codec), self._account)
+                schedule = Schedule(memory, storage, codec, redundancy)
+                self._kept = Kept(self._backend, self._group, schedule, self._account)
             except PeerError as e:
                 log.warning("ckpt: no snapshots in memory, saves go to storage from threads: %s", e)
         tier = Local(local) if isinstance(local, str | os.PathLike) else local

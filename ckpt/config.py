@@ -93,6 +93,9 @@ class Settings:
     job           CKPT_JOB           name of the job, where the run's URL does not tell jobs apart ("")
     host          CKPT_HOST          name of this host among those of the job ("": its hostname)
     bind          CKPT_BIND          address at which this host's keeper serves other hosts ("": towards the rendezvous)
+    domain        CKPT_DOMAIN        what may fail together with this host, such as its rack ("": only itself)
+    protect_gbps  CKPT_PROTECT_GBPS  GB/s that a keeper sends to others for protection; 0: as fast as it goes (0)
+    protect_patience  CKPT_PROTECT_PATIENCE  seconds without a byte after which protecting a step begins anew (30)
     """
 
     deadline: float = 600.0
@@ -107,6 +110,9 @@ class Settings:
     job: str = ""
     host: str = ""
     bind: str = ""
+    domain: str = ""
+    protect_gbps: float = 0.0
+    protect_patience: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.deadline > 0:
@@ -119,6 +125,8 @@ class Settings:
             raise UsageError("CKPT_GRACE: 0 or more seconds")
         if not self.copy_gbps >= 0:
             raise UsageError("CKPT_COPY_GBPS: 0 or more GB/s")
+        if not self.protect_gbps >= 0 or not self.protect_patience > 0:
+            raise UsageError("CKPT_PROTECT_GBPS: 0 or more GB/s; CKPT_PROTECT_PATIENCE: a positive number of seconds")
 
 
 def settings(env: Mapping[str, str] | None = None) -> Settings:
@@ -137,6 +145,9 @@ def settings(env: Mapping[str, str] | None = None) -> Settings:
         ("job", str),
         ("host", str),
         ("bind", str),
+        ("domain", str),
+        ("protect_gbps", float),
+        ("protect_patience", float),
     ):
         text = env.get(f"CKPT_{field.upper()}")
         if text is not None:

@@ -28,7 +28,7 @@ class Event:
     """One thing that happened on one rank. Seconds, bytes; what does not apply is 0 or "".
 
     kind        "snapshot": a step went into memory · "save": a step went to storage · "skip": a step was due and was not
-                taken · "restore": a state was loaded
+                taken · "restore": a state was loaded · "protect": a step in memory outlives the loss of hosts
     time        Unix time at which it began
     outcome     of a snapshot: "sealed", "voided", "failed"; of a save: "committed", "failed"; of a restore: its source,
                 "memory" or "storage"
@@ -37,6 +37,7 @@ class Event:
     stall       seconds that the training thread spent in `step`; `eager` of them copying
     lazy        seconds that copying took beside training; `fence`: that the optimizer waited for it since the last row
     encode      seconds of compression, `write` of writing this rank's pack, `commit` from then until it was committed
+    lag         of a step that is protected: seconds from when it was complete
     bytes       of this rank's pack, or read by it
     """
 
@@ -57,6 +58,7 @@ class Event:
     encode: float = 0.0
     write: float = 0.0
     commit: float = 0.0
+    lag: float = 0.0
     bytes: int = 0
 
 

@@ -7,7 +7,6 @@ the ranks agree anew in the background.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -19,13 +18,14 @@ from typing import Any
 from ckpt import faults
 from ckpt.background import pace
 from ckpt.collective import Group
-from ckpt.config import Every, Settings, settings
+from ckpt.config import ErasureCode, Every, Replicas, Settings, settings
 from ckpt.errors import CkptError, DeadlineError, UsageError
 from ckpt.format.codec import CodecRule
 from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
 from ckpt.outcomes import Outcome, Storing
 from ckpt.prepared import Prepared, Preparing
+from ckpt.protecting import Slots, agree_on_slots, ask_protection
 from ckpt.roll import Called
 from ckpt.saving import content_digest
 from ckpt.snapshot.arena import Slot
@@ -44,11 +44,12 @@ _MEETING = 20.0  # seconds in which the keepers of a job should have reached one
 
 @dataclass(frozen=True)
 class Schedule:
-    """When steps go to memory, when to storage, and how they are coded there."""
+    """When steps go to memory, when to storage, how they are coded there, and what protects memory."""
 
     memory: Every
     storage: Every | None
     codec: CodecRule | None
+    redundancy: ErasureCode | Replicas | None = None
 
     def due(self, step: int) -> bool:
         """Whether a step that is not granted counts as skipped."""
@@ -84,6 +85,7 @@ class Keeping:
         self._epoch = -1
         self._wanted_epoch = 0
         self._prepared: Prepared | None = None
+        self._slots = Slots((), ())
         self._began = False
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
@@ -113,7 +115,7 @@ class Keeping:
                 return
             self.member.attach_again()
             self._storing.found()
-            self._begin_here(sorted(self.member.slots), [], self._at + 1)
+            self._begin_here(self._slots, [], self._at + 1)
             self._epoch = self._wanted_epoch = 0
             self._join()
         except Exception as e:
@@ -149,6 +151,11 @@ class Keeping:
             if message.head.get("storing"):
                 self._storing.begin(int(message["step"]))
             self._told(Outcome(message.kind, int(message["step"]), message.head.get("why", "")))
+        elif message.kind == "announced":
+            self._told(Outcome("announced", int(message["step"]), lag=float(message["lag"])))
+        elif message.kind == "lagging":
+            if self._group.rank == 0:
+                log.warning("ckpt: step %d is not protected yet: %s", message["step"], message["why"])
         elif message.kind == "stored":
             out = Outcome.stored(message.head)
             self._storing.end(out)
@@ -179,19 +186,21 @@ class Keeping:
             leaves = e
         self._plans.agree(leaves, f"plan of memory {generation}", self._group)
         assert called is not None
-        numbers = self._agree_on_slots(self._group)
+        self._slots = self._agree_on_slots(self._group)
         failure: bytes | Exception = b""
         new: list[int] = []
         try:
-            new = self._reserve(numbers)
+            new = self._reserve(self._slots.numbers)
             self._prepared = self._plans.prepare(state, called)
-            self._begin_here(numbers, new, start)
+            self._begin_here(self._slots, new, start)
         except Exception as e:
             self._drop(new)
             failure = e
         self._group.round("begun", failure, lambda _: b"")
         self._epoch = self._wanted_epoch = 0
         try:
+            if self._slots.redundancy is not None:
+                ask_protection(self.member, self._generation)
             self._join()
         except Exception as e:
             failure = e
@@ -210,13 +219,11 @@ class Keeping:
             if self._began:
                 self._lost_meanwhile(e)
 
-    def _agree_on_slots(self, group: Group) -> list[int]:
-        """The numbers of the slots of the plan: those that are large enough on all ranks, then new ones."""
-        count, need = (3 if self._schedule.storage is not None else 2), self._plans.slot_size
-        used = max([self.member.used, *(n + 1 for n in self.member.slots)])
-        mine = [used, [n for n, s in self.member.slots.items() if s.size >= need]]
-        answer = group.round("slots", json.dumps(mine).encode(), lambda all_: _choose_slots(all_, count))
-        return [int(n) for n in json.loads(answer)]
+    def _agree_on_slots(self, group: Group) -> Slots:
+        schedule = self._schedule
+        return agree_on_slots(
+            group, self.member, self._plans.slot_size, schedule.storage is not None, schedule.redundancy
+        )  # fmt: skip
 
     def _reserve(self, numbers: Sequence[int]) -> list[int]:
         """Makes the slots that are not there; gives back those that nobody uses. Returns the new ones."""
@@ -239,14 +246,14 @@ class Keeping:
             if slot is not None:
                 slot.close()
 
-    def _begin_here(self, numbers: Sequence[int], new: Sequence[int], start: int) -> None:
+    def _begin_here(self, slots: Slots, new: Sequence[int], start: int) -> None:
         s = self._schedule
         memory, storage = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage))
         codecs = {pattern: _codec_config(c) for pattern, c in (s.codec or {}).items()}
         self.member.link.ask(
             "begin", fds=[self.member.slots[n].fd for n in new], timeout=self.member.deadline, generation=self._generation,
-            world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, slots=list(numbers),
-            new=list(new), start=start, ranks=self.member.ranks,
+            world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, new=list(new),
+            start=start, ranks=self.member.ranks, **slots.told(),
         )  # fmt: skip
 
     def _join(self) -> None:
@@ -349,10 +356,10 @@ class Keeping:
             try:
                 self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
                 assert called is not None
-                numbers = self._agree_on_slots(self._group.beside())
-                new = self._reserve(numbers)
+                self._slots = self._agree_on_slots(self._group.beside())
+                new = self._reserve(self._slots.numbers)
                 self._prepared = self._plans.prepare(state, called)
-                self._begin_here(numbers, new, self._at + 1)
+                self._begin_here(self._slots, new, self._at + 1)
                 self._join()
             except Exception as e:
                 log.error("ckpt: no new plan for snapshots, there will be none until the next restart: %s", e)
@@ -394,14 +401,6 @@ class Keeping:
         for slot in self.member.slots.values():
             slot.close()
         self.member.slots.clear()
-
-
-def _choose_slots(letters: Sequence[bytes], count: int) -> bytes:
-    """The slots of a life: those that fit on all ranks, then new ones, under numbers that no keeper knows."""
-    ranks = [json.loads(text) for text in letters]
-    fit = sorted(set.intersection(*(set(numbers) for _, numbers in ranks)))[:count]
-    first = max(used for used, _ in ranks)
-    return json.dumps([*fit, *range(first, first + count - len(fit))]).encode()
 
 
 def _codec_config(codec: Any) -> Any:

@@ -143,6 +143,8 @@ class Kept:
         if outcome.kind == "lost":
             for handle in self._take_handles(step):
                 handle.end(PeerError(outcome.why))
+        elif outcome.kind == "announced":
+            a.announced(step, outcome.lag)
         elif outcome.kind == "void":
             a.report.voided += 1
             for handle in self._take_handles(step, only=True):

@@ -16,7 +16,8 @@ _ENDS = 8  # saves whose end is remembered
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: kind "complete", "void", "stored" or "lost"; seconds and bytes of a save to storage."""
+    """What became of a step: kind "complete", "announced", "void", "stored" or "lost"; seconds and bytes of a save to
+    storage; `lag`: seconds from complete to announced."""
 
     kind: str
     step: int
@@ -25,6 +26,7 @@ class Outcome:
     write: float = 0.0
     commit: float = 0.0
     bytes: int = 0
+    lag: float = 0.0
 
     @classmethod
     def stored(cls, head: Mapping[str, Any]) -> Outcome:

@@ -86,7 +86,7 @@ def warn_per_rank(names: Sequence[str], rank: int) -> None:
 class CloseReport:
     """What a Checkpointer did, on this rank.
 
-    steps counted; snapshots `sealed` in memory by all ranks, and `voided`; saves to storage `committed` and `failed`;
+    steps counted; snapshots `sealed` in memory by all ranks, `announced` as protected, and `voided`; saves to storage `committed` and `failed`;
     steps that were due and `skipped`; bytes stored by all ranks; seconds that saves held up the loop; the last error.
     With a local tier: steps that `arrived` at the remote, and how often one could not be brought there (`detained`), on the
     rank that does this for its host.
@@ -94,6 +94,7 @@ class CloseReport:
 
     steps: int = 0
     sealed: int = 0
+    announced: int = 0
     voided: int = 0
     committed: int = 0
     failed: int = 0
@@ -149,6 +150,11 @@ class Account:
     def skipped(self, step: int, why: str) -> None:
         self.report.skipped += 1
         self.event("skip", step, why=why)
+
+    def announced(self, step: int, lag: float) -> None:
+        """A step in memory outlives the hosts that it is to outlive."""
+        self.report.announced += 1
+        self.event("protect", step, outcome="announced", lag=lag)
 
     def committed(self, done: SaveReport) -> None:
         """A save has reached storage."""

@@ -367,7 +367,8 @@ class Ward:
         return True
 
     def abandon(self, mark: Mark) -> None:
-        """Nothing is folded under this mark any more."""
+        """Nothing is folded under this mark any more, nor begun if the order to do so comes yet."""
+        self.fence = max(self.fence, mark)
         self._empty(mark)
 
     def fold(self, mark: Mark, stripe: int, number: int) -> Fold:
@@ -399,6 +400,10 @@ class Ward:
     def spoil(self, key: Key) -> None:
         """Bytes of a step, in its slot or in its parity here, are not what they were."""
         self.spoiled.add(key)
+
+    def area(self, mark: Mark) -> int | None:
+        """The number of the area that an attempt is, or was, folded into."""
+        return next((n for n, a in enumerate(self.areas) if a is not None and a.mark == mark), None)
 
     def _at(self, mark: Mark) -> _Folding | None:
         return next((a for a in self.areas if a is not None and a.mark == mark), None)

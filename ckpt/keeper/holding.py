@@ -30,6 +30,7 @@ from ckpt.write import PackReport, Ring, Stored, write_buffer, write_pack
 __all__ = [
     "ATTEMPT",
     "Held",
+    "Intact",
     "Memory",
     "Part",
     "as_checkpoint",
@@ -185,7 +186,7 @@ def _write(
     if report is None:
         return None
     pieces = _pieces(held.plan, rank, codecs)
-    pack, intact = held.pack(rank), _Intact(held, rank)
+    pack, intact = held.pack(rank), Intact(held, rank)
     if any(p.codec for p in pieces):
         intact.check(0, len(pack))
         ends = zip(report.offset.tolist(), report.length.tolist(), strict=True)
@@ -194,12 +195,13 @@ def _write(
     return report
 
 
-class _Intact:
+class Intact:
     """Whether a pack in memory is what its trainer sealed: what is not must never be committed."""
 
     def __init__(self, held: Held, rank: int) -> None:
         report, self._pack = held.parts[rank].report, held.pack(rank)
         assert report is not None
+        self.size = report.size
         self._where = f"the memory of rank {rank} at step {held.step}"
         header, table = self._pack[: report.data_start], self._pack[report.table_offset :]
         if crc32c(header) != report.header_crc or crc32c(table) != report.table_crc:

@@ -138,6 +138,13 @@ class Loop:
                 self._selector.unregister(peer.process)
                 os.close(peer.process)
 
+    def release(self, peer: Peer) -> socket.socket:
+        """Gives a connection to somebody else, blocking; what its other end sent is read, and nothing is left to send."""
+        self.peers.remove(peer)
+        self._selector.unregister(peer.link.sock)
+        peer.link.sock.setblocking(True)
+        return peer.link.sock
+
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()

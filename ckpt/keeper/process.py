@@ -19,21 +19,25 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from ckpt import faults
 from ckpt.config import Every, Settings
-from ckpt.errors import CkptError, ConflictError, NotFoundError, to_wire
+from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.holding import as_checkpoint, write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
+from ckpt.keeper.service import Service
+from ckpt.keeper.shield import Shield
 from ckpt.keeper.uplink import Uplink
 from ckpt.keeper.vault import Vault
+from ckpt.keeper.watch import Near, Protected, fence_others
+from ckpt.keeper.wire import decode_redundancy
 from ckpt.write import Ring, encode_report
 
 __all__ = ["Keeper"]
@@ -55,6 +59,8 @@ class Keeper:
         self.life: Life | None = None
         self.host = config.host or socket.gethostname()
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
+        self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
+        self._service = Service(self.loop, self.vault, self.shield)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
@@ -67,13 +73,20 @@ class Keeper:
         self.loop.after(max(grace, _START), lambda: None)
 
     def _new_seat(self) -> Seat:
-        return Seat(self._order, self._work, self.loop.after, self.vault.held, self.config.direct)
+        loop, config = self.loop, self.config
+
+        def others(generation: int, near: Near, then: Callable[[list[Frame]], None]) -> None:
+            fence_others(generation, near, loop.secret, loop.later, then)
+
+        held, patience = self.vault.held, config.protect_patience
+        return Seat(self._order, self._work, loop.after, others, held, config.direct, patience)
 
     def run(self) -> None:
         """Until the life cycle is over."""
         signal.signal(signal.SIGTERM, lambda *_: self.loop.later(self._terminate))
         self.loop.run(self._over)
         self.uplink.close()
+        self.shield.close()
         self._storage.shutdown()
 
     def _over(self) -> bool:
@@ -103,12 +116,13 @@ class Keeper:
     def _hear(self, peer: Peer, message: Frame) -> None:
         """One message. An error is the sender's, and ends its connection."""
         try:
+            asked = self._service.of(peer.role, message.kind)
             if peer.role == "trainer":
                 if peer.rank < 0 and message.kind not in ("attach", "look"):
                     raise ConflictError(f"{message.kind!r} from somebody who has not attached")
-                self._answer(peer, message, getattr(self, f"_on_{message.kind}", None))
+                self._answer(peer, message, asked or getattr(self, f"_on_{message.kind}", None))
             elif peer.role == "caller":
-                self._answer(peer, message, getattr(self, f"_call_{message.kind}", None))
+                self._answer(peer, message, asked or getattr(self, f"_call_{message.kind}", None))
             elif peer is self.uplink.peer:
                 self._obey(message)
             elif message.kind == "sync":
@@ -189,11 +203,14 @@ class Keeper:
             self._granted.clear()
             if self.uplink.here:
                 memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
-                self.seat.begin(self.life, memory, storage, slots, int(message["start"]))
+                extents = tuple(int(n) for n in message["extents"])
+                redundancy = decode_redundancy(message["redundancy"])
+                protected = Protected(redundancy, hosts, extents) if redundancy is not None else None
+                self.seat.begin(self.life, memory, storage, slots, int(message["start"]), protected)
         self.vault.put(peer.rank, message["new"], message.fds, replace=True)
         peer.living, peer.ready = True, -1
         if not first:
-            self.uplink.tell(frame("slots", slots=slots))
+            self.uplink.tell(frame("slots", slots=slots, extents=message["extents"]))
         return frame("answer")
 
     def _on_plan(self, peer: Peer, message: Frame) -> None:
@@ -257,7 +274,7 @@ class Keeper:
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
-            steps=steps, trainers=trainers, memory=self.vault.nbytes, address=self._address(),
+            steps=steps, trainers=trainers, memory=self.vault.nbytes, address=self._address(), **self._service.look(),
         )  # fmt: skip
 
     def _address(self) -> str:
@@ -301,11 +318,12 @@ class Keeper:
 
     # Orders.
 
-    def _order(self, order: Frame) -> None:
-        """To all keepers of the job, from this one."""
-        for peer in [p for p in self.loop.peers if p.role == "host"]:
+    def _order(self, order: Frame, hosts: Collection[str] | None = None) -> None:
+        """To the keepers of these hosts, None: of all of the job; from this one."""
+        for peer in [p for p in self.loop.peers if p.role == "host" and (hosts is None or p.host in hosts)]:
             self.loop.tell(peer, order)
-        self._obey(order)
+        if hosts is None or self.host in hosts:
+            self._obey(order)
 
     def _obey(self, order: Frame) -> None:
         kind = order.kind
@@ -313,20 +331,33 @@ class Keeper:
             self.vault.plan(str(order["key"]), order.payload)
         elif kind == "keep":
             steps = {(int(g), int(s)) for g, s in order["steps"]}
-            self.vault.forget(steps, {int(n) for n in order["slots"]})
+            if not self.shield.pinned:
+                self.shield.keep(steps)
+                self.vault.forget(steps, {int(n) for n in order["slots"]})
         elif kind == "write":
             self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]))
         elif kind == "complete":
             assert self.life is not None
             self.vault.complete(order, self.life.hosts, self.host)
             self._granted.discard(int(order["slot"]))
+            key = int(order["key"][0]), int(order["key"][1])
+            self.shield.hold(key, self.vault.held[key])
             faults.point("keeper complete")
             self._tell_trainers(frame("complete", step=order["key"][1], storing=order["storing"]))
         elif kind == "synced":
             self.uplink.synced(order)
+        elif kind in ("fence", "lay", "start", "abandon"):
+            self.shield.obey(order)
         else:
+            if kind == "announced":
+                self.shield.obey(order)
             if kind == "grant":
                 self._granted.add(int(order["slot"]))
+                if not self.shield.granted(int(order["slot"])):
+                    for peer in [p for p in self.loop.peers if p.living]:
+                        why = f"the keeper of {self.host} still reads its slot"
+                        self.uplink.tell(frame("missed", rank=peer.rank, step=order["step"], why=why))
+                    return
             if kind == "stored" and "error" in order.head and not any(p.living for p in self.loop.peers):
                 self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
             self._tell_trainers(order)
@@ -350,6 +381,8 @@ class Keeper:
         def wrote(found: Any) -> None:
             told: dict[str, Any] = {"key": list(key), "attempt": attempt, "host": self.host}
             if isinstance(found, Exception):
+                if isinstance(found, IntegrityError):
+                    self.shield.spoil(key, str(found))
                 self.uplink.tell(frame("wrote", error=to_wire(found), **told))
                 return
             reports = {rank: encode_report(report) for rank, report in found.items()}
@@ -370,6 +403,7 @@ class Keeper:
         for key, text in self.vault.encoded_plans():
             self.loop.tell(peer, frame("plan", text, key=key))
         self.loop.tell(peer, frame("rejoin", epoch=self.seat.lead.epoch if self.seat.lead else 0))
+        self.seat.came(peer.host)
 
     def _call_range(self, peer: Peer, message: Frame) -> Frame:
         """Bytes of a pack, for a rank of another host."""

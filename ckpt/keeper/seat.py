@@ -7,13 +7,15 @@ An order goes to every keeper of the job, the own one included:
     keep                   the steps and slots that are still needed; the rest may go
     write                  the packs of a step are to be written under an attempt; answered with `wrote`
     stored                 how a save to storage ended
+
+and those by which steps are protected, which `Watch` gives.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,7 @@ from ckpt.format.codec import Codec
 from ckpt.keeper.holding import Held, commit_held
 from ckpt.keeper.lead import Complete, Decision, Grant, Key, Lead, Persist, Replan, Sealed, Stepped, Void
 from ckpt.keeper.protocol import Frame, frame
+from ckpt.keeper.watch import Near, Protected, Watch
 from ckpt.write import PackReport, decode_report
 
 __all__ = ["Life", "Seat"]
@@ -68,18 +71,22 @@ class _Save:
 
 @dataclass
 class Seat:
-    """order   gives an order to all keepers
+    """order   gives an order to the keepers of these hosts; None: to all
     work    runs a function in the storage thread; the second is called with its result, or its error, in the loop
     after   calls a function in the loop, some seconds from now
+    others  has the keepers of these hosts fenced for a generation; their answers go to a function, in the loop
     """
 
-    order: Callable[[Frame], None]
+    order: Callable[[Frame, Collection[str] | None], None]
     work: Callable[[Callable[[], Any], Callable[[Any], None]], None]
     after: Callable[[float, Callable[[], None]], None]
+    others: Callable[[int, Near, Callable[[list[Frame]], None]], None]
     held: Mapping[Key, Held]
     direct: bool = True
+    patience: float = 30.0
     clock: Callable[[], float] = time.monotonic
     lead: Lead | None = None
+    watch: Watch | None = None
     life: Life | None = None
     deserted: bool = False  # no trainer is left: what fails is tried again
     _parts: dict[tuple[Key, int], Frame] = field(default_factory=dict)
@@ -91,22 +98,38 @@ class Seat:
         """Whether a step is on its way to storage."""
         return self._save is not None
 
-    def begin(self, life: Life, memory: Every | None, storage: Every | None, slots: list[int], start: int) -> None:
+    def begin(
+        self,
+        life: Life,
+        memory: Every | None,
+        storage: Every | None,
+        slots: list[int],
+        start: int,
+        protected: Protected | None = None,
+    ) -> None:
         """A life begins at step `start`."""
-        if self.lead is None:
+        if self.lead is None or self.watch is None:
             self.lead = Lead(life.world, memory or Every(1), storage)
+            self.watch = Watch(self.lead, self.order, self.after, self.others, self._decided, self.patience)
         self.lead.memory, self.lead.storage = memory or Every(1), storage
         self.life, self.deserted = life, False
         self._parts.clear()
         for key, held in self.held.items():  # of a life that another keeper led
             self.lead.adopt(key, held.slot)
+        self.watch.hold_still()
         self.lead.begin(life.generation, life.world, slots, start, self.clock())
+        self.watch.begin(protected)
         self._keep()
+
+    def came(self, host: str) -> None:
+        """The keeper of another host is there."""
+        if self.watch is not None:
+            self.watch.came(host)
 
     def hear(self, event: Frame) -> None:
         """What happened on some host."""
-        lead, now = self.lead, self.clock()
-        if lead is None:
+        lead, watch, now = self.lead, self.watch, self.clock()
+        if lead is None or watch is None:
             return
         kind, rank = event.kind, int(event.head.get("rank", -1))
         decisions: list[Decision] = []
@@ -123,6 +146,7 @@ class Seat:
             decisions += lead.seal(rank, int(event["step"]), str(event["why"]), now, late=late)
         elif kind == "slots":
             lead.use([int(n) for n in event["slots"]])
+            watch.extend(tuple(int(n) for n in event["extents"]))
         elif kind == "left":
             decisions = lead.done_reading(f"rank {rank}", now) + lead.leave(rank, str(event["why"]), now)
         elif kind == "reading":
@@ -136,6 +160,8 @@ class Seat:
             decisions = lead.rescue()
         elif kind == "wrote":
             self._wrote(event)
+        elif kind in ("inventory", "encoded", "failed", "folding", "spoiled"):
+            decisions = watch.hear(event)
         self._decided(decisions)
 
     def want(self, step: int) -> tuple[bool, bool]:
@@ -156,6 +182,8 @@ class Seat:
             self.hear(frame("left", rank=rank, why=f"the keeper of {host} is gone"))
         if self._save is not None and host in self._save.waiting:
             self._ended(self._save, PeerError(f"the keeper of {host} ended while it wrote"))
+        if self.watch is not None:
+            self._decided(self.watch.gone(host))
 
     def _sealed(self, lead: Lead, rank: int, event: Frame) -> list[Decision]:
         faults.point("keeper sealed")
@@ -170,14 +198,15 @@ class Seat:
         storing = {d.key for d in decisions if isinstance(d, Persist)}
         for d in decisions:
             if isinstance(d, Grant):
-                self.order(frame("grant", step=d.step, slot=d.slot))
+                self.order(frame("grant", step=d.step, slot=d.slot), None)
             elif isinstance(d, Void):
                 self._drop((lead.generation, d.step))
-                self.order(frame("void", step=d.step, why=d.why))
+                self.order(frame("void", step=d.step, why=d.why), None)
             elif isinstance(d, Replan):
-                self.order(frame("replan", epoch=d.epoch, diverged=sorted(lead.diverged)))
+                self.order(frame("replan", epoch=d.epoch, diverged=sorted(lead.diverged)), None)
             elif isinstance(d, Complete):
-                self.order(self._complete(d, lead.world, d.key in storing))
+                self.order(self._complete(d, lead.world, d.key in storing), None)
+                self._decided(self.watch.complete(d) if self.watch is not None else [])
             else:
                 self._persist(d)
         self._keep()
@@ -195,12 +224,14 @@ class Seat:
         )
 
     def _keep(self) -> None:
-        """Tells what is needed, when that has changed."""
-        assert self.lead is not None
-        needed = (sorted(self.lead.complete()), sorted(self.lead.slots))
+        """Tells what is needed, when that has changed, and is known."""
+        assert self.lead is not None and self.watch is not None
+        if self.watch.beginning:
+            return
+        needed = (sorted(self.lead.complete() | self.watch.held()), sorted(self.lead.slots))
         if needed != self._kept:
             self._kept = needed
-            self.order(frame("keep", steps=[list(k) for k in needed[0]], slots=needed[1]))
+            self.order(frame("keep", steps=[list(k) for k in needed[0]], slots=needed[1]), None)
 
     # A step on its way to storage: claim -> every host writes -> commit.
 
@@ -211,7 +242,7 @@ class Seat:
         save = _Save(held, life, self.clock(), {held.hosts[r] for r in held.parts})
         self._save = save
         faults.point("keeper persist")
-        self.order(frame("storing", step=held.step))
+        self.order(frame("storing", step=held.step), None)
         self.work(
             lambda: claim_attempt(life.backend(self.direct), held.folder, len(held.parts)),
             lambda found: self._claimed(save, found),
@@ -225,7 +256,7 @@ class Seat:
             return
         save.attempt, save.writer = found
         key = [save.held.generation, save.held.step]
-        self.order(frame("write", key=key, attempt=save.attempt))
+        self.order(frame("write", key=key, attempt=save.attempt), None)
 
     def _wrote(self, event: Frame) -> None:
         save = self._save
@@ -270,7 +301,7 @@ class Seat:
                 self._drop_attempt(save, error)
             if isinstance(error, IntegrityError):
                 lead.damaged(key)
-        self.order(frame("stored", **told))
+        self.order(frame("stored", **told), None)
         done = error is None or isinstance(error, ConflictError)
         self._decided(lead.persist_ended(key, done, now))
         if not done and self.deserted:

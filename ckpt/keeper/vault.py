@@ -63,6 +63,8 @@ class Vault:
             parts[rank] = Part(decode_report(order.payload[at : at + n]), objects, metrics)
             at += n
         memory = {r: self._memory[r, slot] for r in parts if hosts.get(r) == here and (r, slot) in self._memory}
+        for old in [k for k, h in self.held.items() if h.slot == slot]:
+            del self.held[old]
         self.held[key] = Held(*key, slot, plan, aliases, parts, memory, dict(hosts))
 
     def forget(self, steps: Collection[Key], slots: Collection[int]) -> None:

@@ -27,7 +27,7 @@ PARTS = {
 }
 """Where time goes -> what the page calls it. Training stands still in the first three; the rest runs beside it."""
 
-_KINDS = ("snapshot", "save", "skip", "restore")
+_KINDS = ("snapshot", "save", "skip", "restore", "protect")
 _WORST = ("failed", "voided", "sealed")  # of a snapshot: one rank without it, and it is none
 _BEST = ("committed", "failed")  # of a save: committed is committed, whatever a rank heard of it
 _ROWS = 64  # that ranks are grouped into: the page is bounded, the run is not
@@ -196,7 +196,7 @@ def gather(events: Iterable[Event], listing: Listing) -> Data:
 def _possible(e: Event) -> bool:
     """Whether a row can be true; what a NaN is compared with is not."""
     whole = (e.rank, e.step, e.generation, e.steps, e.bytes)
-    spans = (e.loop, e.stall, e.eager, e.lazy, e.fence, e.encode, e.write, e.commit)
+    spans = (e.loop, e.stall, e.eager, e.lazy, e.fence, e.encode, e.write, e.commit, e.lag)
     sound = all(0 <= n < 1 << 63 for n in whole) and all(0 <= s < _LAST for s in spans)
     return sound and 0 <= e.time < _LAST and e.kind in _KINDS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -101,10 +102,8 @@ jsons = st.recursive(
 def test_what_is_none_is_refused_and_nothing_else_happens(holding: Holding, where: str, what: Any) -> None:
     told = sent(encode_holding(holding))
     told[where] = what
-    try:
+    with suppress(FormatError):
         decode_holding(told)
-    except FormatError:
-        pass
 
 
 @pytest.mark.parametrize("told", [{}, {"groups": [[[["a", "a", 1]], 2, 1]], "ranks": []}, {"groups": 1, "ranks": []}])

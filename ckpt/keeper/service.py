@@ -1,0 +1,136 @@
+"""What a keeper answers about what it holds, to its own trainers and to whoever proved to be of the job.
+
+    inventory   all that it holds, as `ckpt.keeper.wire.decode_holding` reads it; changes nothing
+    pin         the same, and from then on nothing of it is overwritten or let go of, until the next life begins
+    describe    {key}: the commit and the manifest of a step, and the sizes of its packs by rank
+    piece       {key, what, offset, length}: bytes of this host's "segment" of a step, or of the "parity" that it keeps of it
+
+to trainers only: protected {generation}, answered when it is known whether this host can protect the steps of that life;
+and only to other hosts: fence, for a life that this host is not in; fold, after which the connection brings chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ckpt.errors import ConflictError, IntegrityError, NotFoundError
+from ckpt.format.codec import crc32c
+from ckpt.keeper.holding import as_checkpoint
+from ckpt.keeper.loop import Loop, Peer
+from ckpt.keeper.protocol import Frame, frame, send
+from ckpt.keeper.shield import Shield, host_of, key_of
+from ckpt.keeper.streams import receive_pieces
+from ckpt.keeper.vault import Vault
+from ckpt.keeper.wire import encode_holding
+
+__all__ = ["Service"]
+
+_RANGE = 16 << 20  # bytes that one answer may carry
+_MEETING = 15.0  # seconds in which the keepers of a life should have told its seat what they hold
+Answer = Callable[[Peer, Frame], Frame | None]
+
+
+class Service:
+    """Of one keeper."""
+
+    def __init__(self, loop: Loop, vault: Vault, shield: Shield) -> None:
+        self._loop, self._vault, self._shield = loop, vault, shield
+        self._waiting: list[tuple[int, Peer, Frame]] = []  # generation, who asks, the question
+        shield.ready_changed = self._tell_ready
+
+    def of(self, role: str, kind: str) -> Answer | None:
+        """What answers a question of a "trainer", or of a "caller", which is another host's."""
+        both: dict[str, Answer] = {
+            "inventory": self._inventory, "pin": self._pin, "describe": self._describe, "piece": self._piece,
+        }  # fmt: skip
+        own: dict[str, Answer] = {"protected": self._protected}
+        theirs: dict[str, Answer] = {"fence": self._fence, "fold": self._fold}
+        return {"trainer": both | own, "caller": both | theirs}.get(role, {}).get(kind)
+
+    def _protected(self, peer: Peer, message: Frame) -> None:
+        asked = int(message["generation"]), peer, message
+        self._waiting.append(asked)
+        self._tell_ready()
+        self._loop.after(_MEETING, lambda: self._give_up(asked))
+
+    def _tell_ready(self) -> None:
+        if self._shield.ready is None:
+            return
+        generation, told = self._shield.ready
+        for asked in [a for a in self._waiting if a[0] == generation]:
+            self._reply(asked, told)
+
+    def _give_up(self, asked: tuple[int, Peer, Frame]) -> None:
+        """A trainer waits no longer, unless memory is being reserved."""
+        laid = self._shield.layout
+        if asked in self._waiting and (laid is None or laid[0] != asked[0]):
+            self._reply(asked, frame("answer", why="the keepers of all hosts have not met yet"))
+
+    def _reply(self, asked: tuple[int, Peer, Frame], told: Frame) -> None:
+        self._waiting.remove(asked)
+        self._loop.tell(asked[1], Frame("answer", {**told.head, "id": asked[2]["id"]}))
+
+    def _inventory(self, peer: Peer, message: Frame) -> Frame:
+        return frame("answer", holding=encode_holding(self._shield.holding()), pinned=self._shield.pinned)
+
+    def _pin(self, peer: Peer, message: Frame) -> Frame:
+        return frame("answer", holding=encode_holding(self._shield.pin()), pinned=True)
+
+    def _describe(self, peer: Peer, message: Frame) -> Frame:
+        """The commit, then the manifest, which begins at `cut`. Raises NotFoundError."""
+        held = self._vault.held.get(key_of(message["key"]))
+        if held is None:
+            raise NotFoundError(f"step {message['key'][1]} is no longer in the memory of {self._shield.host}")
+        commit, manifest = as_checkpoint(held)
+        sizes = [[r, part.report.size] for r, part in sorted(held.parts.items()) if part.report is not None]
+        return frame("answer", commit + manifest, folder=held.folder, cut=len(commit), sizes=sizes)
+
+    def _piece(self, peer: Peer, message: Frame) -> Frame:
+        """Checked. Raises NotFoundError if it is there no more, IntegrityError if it is not what was protected."""
+        key, what = key_of(message["key"]), str(message["what"])
+        start, stop = int(message["offset"]), int(message["offset"]) + int(message["length"])
+        shield = self._shield
+        segment = shield.segment_of(key) if what == "segment" else None
+        area = shield.parity_of(key) if what == "parity" else None
+        if segment is None and area is None:
+            raise NotFoundError(f"{shield.host} has no {what} of step {key[1]} any more")
+        size = segment.nbytes if segment is not None else shield.areas.size(area or 0)
+        if not 0 <= start <= stop <= size or stop - start > _RANGE:
+            raise ConflictError(f"bytes {start} to {stop} of {what} of {size} bytes on {shield.host}")
+        try:
+            if segment is None:
+                data = shield.areas.read(area or 0, start, stop).tobytes()
+            else:
+                segment.check(start, stop)
+                data = b"".join(part.tobytes() for part in segment.read(start, stop))
+        except IntegrityError as e:
+            shield.spoil(key, str(e))
+            raise
+        return frame("answer", data, crc=crc32c(data))
+
+    def _fence(self, peer: Peer, message: Frame) -> Frame:
+        told = self._shield.fence(int(message["generation"]))
+        return frame("answer", **(told.head if told is not None else {}))
+
+    def _fold(self, peer: Peer, message: Frame) -> None:
+        """From here on another keeper brings chunks over this connection, to a thread of its own."""
+        sock = self._loop.release(peer)
+
+        def work() -> None:
+            send(sock, frame("answer", id=message["id"]))
+            receive_pieces(sock, self._shield.folding)
+
+        threading.Thread(target=work, name="ckpt-fold", daemon=True).start()
+
+    def look(self) -> dict[str, Any]:
+        """What people are told of protection: the group, what was announced last, memory that parity takes."""
+        shield = self._shield
+        group: list[str] = []
+        code: list[int] = []
+        if shield.layout is not None and shield.name in (placement := shield.layout[1].placement).names:
+            found = placement.groups[placement.group_of(shield.name)]
+            group, code = [host_of(h.name) for h in found.hosts], [found.data, found.parity]
+        announced = list(shield.announced) if shield.announced is not None else None
+        return {"group": group, "code": code, "announced": announced, "parity": shield.areas.nbytes}

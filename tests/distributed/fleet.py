@@ -1,0 +1,352 @@
+"""Several hosts on this machine, each with a real keeper and one trainer that speaks the protocol, and needs no torch.
+
+What a slot holds after a step is a function of step and rank, and is written once the keeper grants it. What the keepers
+hold is read from their memory, through /proc, and compared with parity that pyeclib computes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pyeclib.ec_iface import ECDriver
+
+from ckpt.config import ErasureCode, Replicas
+from ckpt.errors import CkptError
+from ckpt.format.codec import BLOCK, crc32c
+from ckpt.format.fragment import Box
+from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack, pack_header
+from ckpt.keeper.groups import Placement
+from ckpt.keeper.holding import encode_plan
+from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.protocol import Frame, frame, greet, receive, send
+from ckpt.keeper.wire import Holding, decode_holding, encode_redundancy
+from ckpt.plan import SHARD, Claim, Claims, merge
+from ckpt.snapshot.arena import Slot, rounded
+from ckpt.write import encode_report, pack_report
+
+Bytes = npt.NDArray[np.uint8]
+Key = tuple[int, int]
+WAIT = 60.0
+
+
+def until(condition: Callable[[], Any], what: str, limit: float = WAIT) -> Any:
+    """The first true value of `condition`, which is asked until then."""
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {limit:.0f} s: {what}"
+        time.sleep(0.005)
+    return found
+
+
+def noise(key: Key, rank: int, nbytes: int) -> Bytes:
+    """What a rank's tensor holds after a step."""
+    return np.random.default_rng([*key, rank]).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+@dataclass
+class Trainer:
+    """The one trainer of a host. `granted`: slots by step; `sealed`: steps."""
+
+    host: str
+    rank: int
+    nbytes: int
+    link: Link
+    slots: dict[int, Slot] = field(default_factory=dict)
+    used: int = 0
+    secret: str = ""
+    layout: PackLayout | None = None
+    generation: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    sealed: set[int] = field(default_factory=set)
+    heard: list[Frame] = field(default_factory=list)
+    granted: dict[int, int] = field(default_factory=dict)
+    address: tuple[str, int] = ("", 0)
+
+    @property
+    def pid(self) -> int:
+        return self.link.keeper_pid
+
+    def seal(self, step: int) -> None:
+        """Fills the slot of a granted step, and says so."""
+        assert self.layout is not None
+        slot, layout, key = self.slots[self.granted.pop(step)], self.layout, (self.generation, step)
+        slot.buffer[:] = noise(key, 1000 + self.rank, slot.size)
+        data = noise(key, self.rank, self.nbytes)
+        at, header = int(layout.offset[0]), pack_header(layout)
+        slot.buffer[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+        slot.buffer[at : at + self.nbytes] = data
+        table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, self.nbytes, BLOCK)], dtype="<u4").view(
+            np.uint8
+        )
+        slot.buffer[layout.table_offset : layout.table_offset + len(table)] = table
+        report = pack_report(layout, header, table)
+        self.sealed.add(step)
+        self.link.tell("sealed", encode_report(report), copies={}, step=step, plan="plan", objects=[], metrics={})
+
+    def announced(self) -> list[int]:
+        return [int(f["step"]) for f in self.heard if f.kind == "announced"]
+
+    def said(self, kind: str) -> list[Frame]:
+        return [f for f in self.heard if f.kind == kind]
+
+
+class Fleet:
+    """Hosts h0, h1, ... of `sizes` bytes of data each. `env`: of all keepers; `own`: of that of one host."""
+
+    def __init__(
+        self,
+        run: str,
+        sizes: Mapping[str, int],
+        redundancy: ErasureCode | Replicas | None,
+        *,
+        env: Mapping[str, str] | None = None,
+        own: Mapping[str, Mapping[str, str]] | None = None,
+        slots: int = 3,
+    ) -> None:
+        self.run, self.sizes, self.redundancy, self.count = run, dict(sizes), redundancy, slots
+        self.env = {"CKPT_GRACE": "60", "CKPT_PROTECT_PATIENCE": "20", **(env or {})}
+        self.own = own or {}
+        self.secret = ""
+        self.trainers: dict[str, Trainer] = {}
+        self.sealing = True
+        self.pids: set[int] = set()
+
+    # Lives.
+
+    def attach(self, hosts: Sequence[str]) -> None:
+        """Trainers of these hosts come, by rank; keepers are started where there are none."""
+        for rank, host in enumerate(hosts):
+            with environment({**self.env, "CKPT_HOST": host, **self.own.get(host, {})}):
+                trainer: list[Trainer] = []
+                heard = self._heard(trainer)
+                link = Link(keeper_name(self.run, "", host), heard, lambda _: None)
+                trainer.append(Trainer(host, rank, self.sizes[host], link))
+                self.pids.add(link.keeper_pid)
+            t = self.trainers[host] = trainer[0]
+            answer = link.ask("attach", timeout=WAIT, rank=rank, bring=[])
+            t.used, t.secret = int(answer["used"]), str(answer["secret"])
+            for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
+                t.slots[number] = Slot(size, fd=fd)
+        self.secret = next((t.secret for t in self.trainers.values() if t.secret), self.secret or os.urandom(32).hex())
+        for t in self.trainers.values():
+            port = int(t.link.ask("listen", timeout=WAIT, address="127.0.0.1", port=0)["port"])
+            t.address = "127.0.0.1", port
+        where = {t.host: list(t.address) for t in self.trainers.values()}
+        lead = hosts[0]
+        for t in self.trainers.values():
+            t.link.ask("peers", timeout=WAIT, hosts=where, secret=self.secret, lead=lead)
+
+    def begin(self, generation: int, start: int = 0) -> list[Frame]:
+        """A life begins; what the keepers answer to the question whether they can protect it."""
+        by_rank = sorted(self.trainers.values(), key=lambda t: t.rank)
+        spec = [TensorSpec(f"w{t.rank}", "uint8", (t.nbytes,)) for t in by_rank]
+        plan = merge([Claims.of([Claim(s, (Box((0,), s.shape),), SHARD)]) for s in spec])
+        fit = set.intersection(*(set(t.slots) for t in by_rank))
+        first = max(max([t.used, *(n + 1 for n in t.slots)]) for t in by_rank)
+        numbers = [*sorted(fit)[: self.count], *range(first, first + self.count - min(len(fit), self.count))]
+        extents = []
+        for t, s in zip(by_rank, spec, strict=True):
+            t.layout = layout_pack([Piece(s, Box((0,), s.shape), None)])
+            extents.append(rounded(t.layout.size))
+            t.generation = generation
+            t.heard.clear()
+            t.granted.clear()
+            t.sealed.clear()
+        for t, n in zip(by_rank, extents, strict=True):
+            new = [number for number in numbers if number not in t.slots]
+            for number in new:
+                t.slots[number] = Slot(n)
+            t.link.ask(
+                "begin", fds=[t.slots[n].fd for n in new], timeout=WAIT, generation=generation, world=len(by_rank),
+                run=self.run, memory=[1, None], storage=None, codecs={}, slots=numbers, new=new, start=start,
+                ranks={str(t.rank): t.host for t in by_rank}, extents=extents, redundancy=encode_redundancy(self.redundancy),
+            )  # fmt: skip
+        answers = [t.link.ask("protected", timeout=WAIT, generation=generation) for t in by_rank]
+        for t in by_rank:
+            if t.rank == 0:
+                t.link.tell("plan", encode_plan(plan, {}), key="plan")
+            t.link.tell("ready", epoch=0)
+        return answers
+
+    def _heard(self, who: list[Trainer]) -> Callable[[Frame], None]:
+        def heard(message: Frame) -> None:
+            t = who[0]
+            t.heard.append(message)
+            if message.kind == "grant":
+                with t.lock:
+                    t.granted[int(message["step"])] = int(message["slot"])
+                    if self.sealing:
+                        with suppress(CkptError):
+                            t.seal(int(message["step"]))
+
+        return heard
+
+    def seal(self, sealing: bool) -> None:
+        """Whether trainers seal what they are granted at once; when they begin to, also what waits."""
+        self.sealing = sealing
+        for t in self.trainers.values():
+            with t.lock:
+                for step in sorted(t.granted) if sealing else ():
+                    t.seal(step)
+
+    def announced(self, at_least: int, hosts: Sequence[str] | None = None) -> int:
+        """Waits until all of these hosts know a step as protected, at least so new; the newest."""
+        some = [self.trainers[h] for h in hosts or self.trainers]
+        until(lambda: all(max(t.announced(), default=-1) >= at_least for t in some), f"step {at_least} is announced")
+        return min(max(t.announced()) for t in some)
+
+    def rest(self) -> Key:
+        """Nothing more is sealed, and what was is protected: the newest step."""
+        self.seal(False)
+        last = max(set.intersection(*(t.sealed for t in self.trainers.values())))
+        assert self.announced(last) == last
+        return next(iter(self.trainers.values())).generation, last
+
+    # What keepers hold.
+
+    def ask(self, host: str, kind: str, **head: Any) -> Frame:
+        """Asks a keeper as one of another host does."""
+        sock, line = greet(self.trainers[host].address, bytes.fromhex(self.secret), WAIT)
+        with sock:
+            sock.settimeout(WAIT)
+            send(sock, frame(kind, id=0, **head))
+            return receive(sock, line)
+
+    def holding(self, host: str) -> Holding:
+        return decode_holding(self.ask(host, "inventory")["holding"])
+
+    def segment(self, host: str, key: Key) -> bytes:
+        """What a host's part of a step must be: computed, not asked."""
+        t = self.trainers[host]
+        assert t.layout is not None
+        out = noise(key, 1000 + t.rank, rounded(t.layout.size))
+        data, at, header = noise(key, t.rank, t.nbytes), int(t.layout.offset[0]), pack_header(t.layout)
+        out[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+        out[at : at + t.nbytes] = data
+        table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, t.nbytes, BLOCK)], dtype="<u4").view(np.uint8)
+        out[t.layout.table_offset : t.layout.table_offset + len(table)] = table
+        return out.tobytes()
+
+    def parity(self, host: str, area: int) -> bytes:
+        """What really lies in a parity area of a keeper."""
+        pid, found = self.trainers[host].pid, {}
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"/memfd:ckpt-parity-{area}"):
+                    found[os.stat(f"/proc/{pid}/fd/{fd}").st_ino] = f"/proc/{pid}/fd/{fd}"
+        assert len(found) == 1, f"{len(found)} areas {area} of {host}"
+        return Path(found.popitem()[1]).read_bytes()
+
+    def check(self, key: Key, hosts: Sequence[str] | None = None) -> Placement:
+        """That every byte of parity of a step is what pyeclib says, on these hosts, and every segment what was sealed."""
+        names = list(hosts or self.trainers)
+        held = {h: self.holding(h) for h in names}
+        by_name = {held[h].inventory.host: h for h in names}
+        placement = held[names[0]].inventory.whole[key]
+        segments = {h: self.segment(h, key) for h in self.trainers}
+        for h in names:
+            assert held[h].inventory.whole[key] == placement
+            got = b"".join(
+                self.ask(
+                    h, "piece", key=list(key), what="segment", offset=at, length=min(1 << 20, len(segments[h]) - at)
+                ).payload
+                for at in range(0, len(segments[h]), 1 << 20)
+            )
+            assert got == segments[h], f"the segment of {h} at {key} is not what was sealed"
+        for group in placement.groups:
+            for stripe in group.stripes:
+                longest = stripe.parity[0][2] if stripe.parity else 0
+                chunks = [segments[name.rpartition("#")[0]][a:b].ljust(longest, b"\0") for name, a, b in stripe.data]
+                expected = expected_parity(chunks, group.parity)
+                for (name, offset, n), bytes_ in zip(stripe.parity, expected, strict=True):
+                    if name not in by_name:
+                        continue
+                    host = by_name[name]
+                    areas = held[host].inventory.areas
+                    [area] = [i for i, a in enumerate(areas) if a is not None and a.key == key]
+                    found = self.parity(host, area)[offset : offset + n]
+                    assert found == bytes_, f"parity of stripe {stripe.number} on {host} at {key}"
+                    first = self.ask(host, "piece", key=list(key), what="parity", offset=offset, length=min(n, 1 << 20))
+                    assert first.payload == bytes_[: 1 << 20] and first["crc"] == crc32c(first.payload)
+        return placement
+
+    # What happens to hosts.
+
+    def kill(self, host: str) -> None:
+        """A host with everything on it."""
+        t = self.trainers.pop(host)
+        os.kill(t.pid, signal.SIGKILL)
+        until(lambda: not alive(t.pid), f"the keeper of {host} is gone")
+        t.link.close()
+
+    def stop(self, host: str) -> None:
+        os.kill(self.trainers[host].pid, signal.SIGSTOP)
+
+    def resume(self, host: str) -> None:
+        os.kill(self.trainers[host].pid, signal.SIGCONT)
+
+    def leave(self) -> None:
+        """All trainers end without a word; their keepers stay."""
+        for t in self.trainers.values():
+            t.link.close()
+        self.trainers.clear()
+
+    def close(self) -> None:
+        for t in self.trainers.values():
+            t.link.close()
+        for pid in self.pids:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def expected_parity(chunks: Sequence[bytes], m: int) -> list[bytes]:
+    """By pyeclib; plain copies where there is one data chunk."""
+    n = len(chunks[0])
+    if not m or not n:
+        return [b""] * m
+    if len(chunks) == 1:
+        return [chunks[0]] * m
+    room = -(-n // 64) * 64
+    whole = b"".join(c.ljust(room, b"\0") for c in chunks)
+    driver = ECDriver(k=len(chunks), m=m, ec_type="isa_l_rs_cauchy" if m > 1 else "isa_l_rs_vand")
+    return [f[80 : 80 + n] for f in driver.encode(whole)[len(chunks) :]]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+class environment:
+    """Variables that are set for a while."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = dict(values)
+
+    def __enter__(self) -> None:
+        self._before = {k: os.environ.get(k) for k in self._values}
+        os.environ.update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        for k, v in self._before.items():
+            os.environ.pop(k, None)
+            if v is not None:
+                os.environ[k] = v
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return int(s.getsockname()[1])
