@@ -3,6 +3,7 @@ and every block before any of it is."""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
+from ckpt.backends.base import Redundant
 from ckpt.errors import FormatError, IntegrityError
 from ckpt.format.codec import BLOCK, Codec, crc32c, n_blocks
 from ckpt.format.dtypes import dtype
@@ -18,6 +20,7 @@ from ckpt.format.manifest import Manifest
 
 __all__ = ["Pack", "ReadStats", "StoredFragment", "check_sizes"]
 
+log = logging.getLogger("ckpt")
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -54,10 +57,14 @@ class Pack:
             raise self._damaged(f"{actual} bytes long, its checkpoint says {size}")
         header, table = np.empty(int(packs.data_start[index]), np.uint8), np.empty(size - table_offset, np.uint8)
         backend.read(self.path, 0, [memoryview(header)])
-        if crc32c(header) != int(packs.header_crc[index]):
+        if crc32c(header) != int(packs.header_crc[index]) and not self._mended(
+            0, memoryview(header), int(packs.header_crc[index])
+        ):
             raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
         backend.read(self.path, table_offset, [memoryview(table)])
-        if crc32c(table) != int(packs.table_crc[index]):
+        if crc32c(table) != int(packs.table_crc[index]) and not self._mended(
+            table_offset, memoryview(table), int(packs.table_crc[index])
+        ):
             raise self._damaged(f"its block table (bytes {table_offset} to {size}) was changed after it was written")
         entry = int(packs.entry[index]) // 4
         rows = table.view("<u4").reshape(-1, entry)
@@ -84,15 +91,27 @@ class Pack:
         )
 
     def check(self, fragment: StoredFragment, first: int, raw: memoryview) -> None:
-        """Raises IntegrityError unless `raw` is what was written as the blocks of a raw fragment from `first` on."""
+        """Raises IntegrityError unless `raw` is what was written as the blocks of a raw fragment from `first` on. A block
+        that is not is mended in place where the backend has another way to it."""
         base = fragment.block + first
-        if len(raw) <= BLOCK:
-            if crc32c(raw) != self.crc[base]:
-                raise self.bad_block(fragment, first)
-            return
         for k, at in enumerate(range(0, len(raw), BLOCK)):
-            if crc32c(raw[at : at + BLOCK]) != self.crc[base + k]:
-                raise self.bad_block(fragment, first + k)
+            block = raw[at : at + BLOCK]
+            if crc32c(block) != self.crc[base + k]:
+                where = fragment.offset + (first + k) * BLOCK
+                if not self._mended(where, block, self.crc[base + k]):
+                    raise self.bad_block(fragment, first + k)
+
+    def _mended(self, offset: int, raw: memoryview, crc: int) -> bool:
+        """Whether the backend had another way to these bytes, which are what was written now."""
+        if isinstance(self.backend, Redundant):
+            for way in self.backend.otherwise(self.path, offset, raw):
+                if crc32c(raw) == crc:
+                    log.error(
+                        "ckpt: %s: bytes %d to %d were not what was written; %s they are. Have that memory tested",
+                        self.where, offset, offset + len(raw), way,
+                    )  # fmt: skip
+                    return True
+        return False
 
     def block_sizes(self, fragment: StoredFragment) -> list[int]:
         """Stored bytes of each block of a fragment."""

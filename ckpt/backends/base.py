@@ -7,13 +7,13 @@ no file object (parallel ranges need none). Paths are `/`-separated strings rela
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ckpt.errors import UsageError
 
-__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "KeepsUploads", "Unfinished", "Upload", "check_path"]
+__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "KeepsUploads", "Redundant", "Unfinished", "Upload", "check_path"]
 
 TEMPORARY = ".ckpt-tmp-"
 """How the names of files begin that a backend makes on the way to another; what a crash leaves of them is litter."""
@@ -74,6 +74,16 @@ class KeepsUploads(Protocol):
 
     def discard(self, found: Unfinished) -> None:
         """Removes what it has stored; nothing happens if it is gone. A writer that is still at it gets an error."""
+        ...
+
+
+@runtime_checkable
+class Redundant(Protocol):
+    """What a backend serves besides, if there is more than one way to the same bytes."""
+
+    def otherwise(self, path: str, offset: int, into: Buffer) -> Iterator[str]:
+        """Fills the buffer again, by one way after the other, for as long as the caller finds that what came is not what
+        was written. Each time says which way, as "decoded without host h1"."""
         ...
 
 

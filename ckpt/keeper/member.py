@@ -122,7 +122,7 @@ class Member:
         for (rank, size), fd in zip(answer["packs"], answer.fds, strict=True):
             packs[_pack_path(folder, rank)] = LocalPack(fd, size)
         for rank, size, address, port in answer["away"]:
-            packs[_pack_path(folder, rank)] = RemotePack((*key, rank), size, (address, port), secret)
+            packs[_pack_path(folder, rank)] = RemotePack((*key, rank), size, (address, port), secret, self.deadline)
         return SnapshotBackend(f"memory of {socket.gethostname()}", objects, packs)
 
     def done_reading(self, damaged: Key | None = None) -> None:

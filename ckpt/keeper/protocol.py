@@ -23,7 +23,7 @@ from typing import Any
 
 from ckpt.errors import DeadlineError, FormatError, PeerError
 
-__all__ = ["Connection", "Frame", "frame", "greet", "own_peer", "proof", "receive", "send"]
+__all__ = ["Connection", "Frame", "frame", "greet", "own_peer", "proof", "receive", "receive_into", "send"]
 
 VERSION = 1
 _HEADER = struct.Struct("<2sHIQ")
@@ -226,6 +226,37 @@ def receive(sock: socket.socket, connection: Connection) -> Frame:
         if not data:
             raise PeerError("the keeper closed the connection")
         connection._in += data
+
+
+def receive_into(sock: socket.socket, into: memoryview) -> Frame:
+    """Waits for one frame on a blocking TCP socket, and has its payload go to `into`, if it is as long; else the frame
+    says what it has to say instead. PeerError at the end of the stream, DeadlineError at a timeout."""
+    header = bytearray(_HEADER.size)
+    _fill(sock, memoryview(header))
+    size = _frame_size(header, trusted=True)
+    assert size is not None
+    head = bytearray(size[0] - _HEADER.size)
+    _fill(sock, memoryview(head))
+    if size[1] == len(into):
+        _fill(sock, into)
+        return _parse(bytes(head), b"")
+    payload = bytearray(size[1])
+    _fill(sock, memoryview(payload))
+    return _parse(bytes(head), bytes(payload))
+
+
+def _fill(sock: socket.socket, into: memoryview) -> None:
+    """Waits for as many bytes."""
+    while into:
+        try:
+            n = sock.recv_into(into)
+        except TimeoutError:
+            raise DeadlineError("the keeper gave no answer in time; is it stopped?") from None
+        except OSError as e:
+            raise PeerError(f"the keeper is gone ({e.strerror or e})") from None
+        if not n:
+            raise PeerError("the keeper closed the connection")
+        into = into[n:]
 
 
 def own_peer(sock: socket.socket) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ckpt.backends.base import Buffer, Entry, Upload
-from ckpt.config import settings
-from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.keeper.protocol import Connection, frame, greet, receive, send
+from ckpt.errors import DeadlineError, IntegrityError, NotFoundError, PeerError, UsageError, from_wire
+from ckpt.keeper.protocol import Frame, frame, greet, receive, receive_into, send
+from ckpt.keeper.rebuild import Stripes
 
-__all__ = ["LocalPack", "Pack", "RemotePack", "SnapshotBackend"]
+__all__ = ["Line", "LocalPack", "Pack", "RemotePack", "SharedPack", "SnapshotBackend"]
 
+log = logging.getLogger("ckpt")
 _RANGE = 8 << 20
 
 
@@ -25,6 +28,10 @@ class Pack(Protocol):
     def size(self) -> int: ...
 
     def read(self, offset: int, into: Sequence[Buffer]) -> None: ...
+
+    def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
+        """See `ckpt.backends.base.Redundant`."""
+        ...
 
     def close(self) -> None: ...
 
@@ -40,43 +47,119 @@ class LocalPack:
         if os.preadv(self.fd, into, offset) != sum(len(b) for b in into):
             raise IntegrityError(f"memory of this host: ends before byte {offset + sum(len(b) for b in into)}")
 
+    def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
+        yield from ()
+
     def close(self) -> None:
         os.close(self.fd)
+
+
+class Line:
+    """A connection to the keeper of another host, for one thread: ranges are asked for ahead and come in that order.
+
+    `patience`: seconds that may pass without a byte. Every method raises PeerError, DeadlineError or what the keeper
+    refused with; the line is of no use then.
+    """
+
+    def __init__(self, address: tuple[str, int], secret: bytes, patience: float) -> None:
+        self._where = address[0]
+        self._sock, self._line = greet(address, secret, patience)
+        self.received = 0
+
+    def ask(self, kind: str, **head: Any) -> None:
+        send(self._sock, frame(kind, id=0, **head))
+
+    def take(self, into: Buffer) -> None:
+        """The answer asked for first of those not taken, which is as long as `into`."""
+        answer = receive_into(self._sock, into)
+        if answer.kind == "refused":
+            raise from_wire(*answer["error"])
+        if answer.kind != "answer" or len(answer.payload):
+            raise NotFoundError(f"the keeper at {self._where} gave another answer than {len(into)} bytes")
+        self.received += len(into)
+
+    def answer(self) -> Frame:
+        """The same of an answer of any length."""
+        answer = receive(self._sock, self._line)
+        if answer.kind == "refused":
+            raise from_wire(*answer["error"])
+        return answer
+
+    def close(self) -> None:
+        self._line.close()
 
 
 class RemotePack:
     """In the care of another host's keeper; every thread that reads has a connection of its own.
 
-    `pack`: generation, step, rank.
+    `pack`: generation, step, rank; `patience`: seconds that may pass without a byte.
     """
 
-    def __init__(self, pack: tuple[int, int, int], size: int, address: tuple[str, int], secret: bytes) -> None:
+    def __init__(
+        self, pack: tuple[int, int, int], size: int, address: tuple[str, int], secret: bytes, patience: float
+    ) -> None:
         self.size = size
-        self._pack, self._address, self._secret = pack, address, secret
+        self._pack, self._address, self._secret, self._patience = pack, address, secret, patience
         self._own = threading.local()
-        self._open: list[Connection] = []
+        self._open: list[Line] = []
 
     def read(self, offset: int, into: Sequence[Buffer]) -> None:
         if not hasattr(self._own, "line"):
-            self._own.line = greet(self._address, self._secret, settings().deadline)
-            self._open.append(self._own.line[1])
-        sock, line = self._own.line
+            self._own.line = Line(self._address, self._secret, self._patience)
+            self._open.append(self._own.line)
+        line, parts = self._own.line, []
         for buffer in into:
-            for at in range(0, len(buffer), _RANGE):
-                part = buffer[at : at + _RANGE]
-                send(sock, frame("range", id=0, pack=self._pack, offset=offset, length=len(part)))
-                answer = receive(sock, line)
-                if answer.kind != "answer" or len(answer.payload) != len(part):
-                    raise NotFoundError(
-                        f"rank {self._pack[2]} of step {self._pack[1]} cannot be had from {self._address[0]}: "
-                        f"{answer.head.get('error', 'a short answer')}"
-                    )
-                part[:] = answer.payload
+            parts += [buffer[at : at + _RANGE] for at in range(0, len(buffer), _RANGE)]
+        try:
+            for part in parts:
+                line.ask("range", pack=self._pack, offset=offset, length=len(part))
                 offset += len(part)
+            for part in parts:
+                line.take(part)
+        except BaseException:
+            line.close()
+            del self._own.line
+            raise
+
+    def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
+        self.read(offset, [into])
+        yield "sent once more"
 
     def close(self) -> None:
         for line in self._open:
             line.close()
+
+
+class SharedPack:
+    """A pack of a host whose group has parity of it: read where it is, if it is anywhere (`direct`), else decoded.
+
+    It begins at byte `base` of the host's segment.
+    """
+
+    def __init__(self, size: int, host: str, base: int, stripes: Stripes, direct: Pack | None) -> None:
+        self.size, self._host, self._base = size, host, base
+        self._stripes, self._direct = stripes, direct
+        self._lost = direct is None
+
+    def read(self, offset: int, into: Sequence[Buffer]) -> None:
+        if self._direct is not None and not self._lost:
+            try:
+                return self._direct.read(offset, into)
+            except (PeerError, DeadlineError, NotFoundError, IntegrityError) as e:
+                log.error("ckpt: what %s holds is decoded from the memory of others: %s", self._host, e)
+                self._stripes.fail(self._host, e)
+                self._lost = True
+        self._stripes.read(self._host, self._base + offset, into)
+
+    def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
+        if self._direct is not None and not self._lost:
+            with suppress(PeerError, DeadlineError, NotFoundError, IntegrityError):
+                yield from self._direct.otherwise(offset, into)
+        yield from self._stripes.otherwise(self._host, self._base + offset, into)
+
+    def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
 
 
 class SnapshotBackend:
@@ -91,6 +174,9 @@ class SnapshotBackend:
         if offset + sum(len(b) for b in into) > pack.size:
             raise IntegrityError(f"{self.root}/{path}: is only {pack.size} bytes long")
         pack.read(offset, into)
+
+    def otherwise(self, path: str, offset: int, into: Buffer) -> Iterator[str]:
+        yield from self._pack(path).otherwise(offset, into)
 
     def fetch(self, path: str, limit: int) -> bytes:
         if path not in self._objects:
