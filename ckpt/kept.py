@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import threading
@@ -17,6 +16,7 @@ from ckpt.commit import step_folder
 from ckpt.config import settings
 from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
+from ckpt.keeper.recall import Recalled, Step
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.keeping import Keeping, Schedule, Taken
 from ckpt.outcomes import Outcome
@@ -37,7 +37,7 @@ class _Handle(SaveHandle):
 
 
 class Kept:
-    """Attached on construction, which is collective. No method but `begin`, `newest` and `store` waits for other ranks.
+    """Attached on construction, which is collective. No method but `begin`, `recall` and `store` waits for other ranks.
 
     Raises on every rank: PeerError if any has no keeper, ConflictError if somebody else trains this run.
     """
@@ -65,24 +65,13 @@ class Kept:
         keeping.member.meet(group)
         _flush_at_sigterm(keeping)
 
-    def newest(self) -> Key | None:
-        """(generation, step) of the newest step that the keepers hold whole; collective."""
+    def recall(self) -> Recalled:
+        """What steps can be had from memory; collective."""
+        return self._keeping.member.recall(self._group)
 
-        def decide(letters: list[bytes]) -> bytes:
-            common = set.intersection(*({tuple(key) for key in json.loads(text)} for text in letters))
-            return json.dumps(max(common, default=None)).encode()
-
-        try:
-            held = self._keeping.member.look()
-        except CkptError as e:
-            log.error("ckpt: what is in memory cannot be told: %s", e)
-            held = []
-        found = json.loads(self._group.round("in memory", json.dumps(held).encode(), decide))
-        return (int(found[0]), int(found[1])) if found else None
-
-    def open(self, key: Key) -> SnapshotBackend:
+    def open(self, step: Step) -> SnapshotBackend:
         """A step in memory, to load from. NotFoundError if it is gone."""
-        return self._keeping.member.open_newest(key)
+        return self._keeping.member.open(step)
 
     def done(self, damaged: Key | None = None) -> None:
         """It was read; or is damaged, and to be forgotten."""

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,18 @@ from ckpt.config import settings
 from ckpt.errors import CkptError, NotFoundError, PeerError
 from ckpt.keeper.holding import ATTEMPT
 from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.opening import PATIENCE, packs_of
 from ckpt.keeper.protocol import Frame
-from ckpt.keeper.source import LocalPack, Pack, RemotePack, SnapshotBackend
+from ckpt.keeper.recall import Recalled, Step, recall
+from ckpt.keeper.source import Line, LocalPack, Pack, SnapshotBackend
+from ckpt.keeper.wire import Holding, decode_holding
 from ckpt.snapshot.arena import Slot
 
 __all__ = ["Member"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
+Address = tuple[str, int]
 _TRIES = 4
 
 
@@ -41,6 +46,7 @@ class Member:
         self.used = 0
         self.ranks: Mapping[str, str] = {}
         self._peers: dict[str, Any] = {}
+        self._reach: dict[str, Address] = {}  # keepers by host, also of hosts that have no trainer any more
         self._address = ("", 0)
         self._attach()
 
@@ -63,17 +69,12 @@ class Member:
         self.used = int(answer["used"])
         for text in answer["untold"]:
             log.error("ckpt: while no trainer was here, %s", text)
-        self._host, self._known_secret = str(answer["host"]), str(answer["secret"])
+        self._host, self._told = str(answer["host"]), answer.head
         for (number, size), fd in zip(answer["slots"], answer.fds, strict=True):
             if number in self.slots:
                 os.close(fd)
             else:
                 self.slots[number] = Slot(size, fd=fd)
-
-    def look(self) -> list[Key]:
-        """(generation, step) of what the keeper of this host holds now."""
-        answer = self.link.ask("look", timeout=self.deadline)
-        return [(int(s["generation"]), int(s["step"])) for s in answer["steps"]]
 
     def attach_again(self) -> None:
         """After the keeper died: starts another, and hands it this rank's memory."""
@@ -84,8 +85,8 @@ class Member:
 
     def meet(self, group: Group) -> None:
         """Collective: the keepers of all hosts get to know one another. With one host there is nothing to say."""
-        letter = json.dumps([self._host, self._known_secret]).encode()
-        ranks, secret = json.loads(group.round("keepers", letter, _introduce))
+        letter = json.dumps([self._host, *(self._told[what] for what in ("secret", "newest", "known"))]).encode()
+        ranks, secret, known = json.loads(group.round("keepers", letter, _introduce))
         hosts: dict[str, list[Any]] = {}
         if len(set(ranks.values())) > 1:
             try:
@@ -96,7 +97,33 @@ class Member:
             hosts = {host: [address, port] for host, address, port in json.loads(found)}
         self.ranks = ranks
         self._peers = {"hosts": hosts, "secret": secret, "lead": ranks["0"]}
+        self._reach = {host: (str(a), int(p)) for host, (a, p) in {**known, **hosts}.items()}
         self._tell_peers()
+
+    def recall(self, group: Group) -> Recalled:
+        """Collective: what steps can be had from the memory of all hosts that can be reached."""
+        first = min(int(rank) for rank, host in self.ranks.items() if host == self._host)
+
+        def mine() -> Holding | None:
+            if first != self._rank:
+                return None
+            answer = self.link.ask("inventory", timeout=self.deadline, pin=True)
+            return decode_holding(answer["holding"])
+
+        others = self._reach.keys() - set(self.ranks.values())
+        return recall(group, mine, others, self._ask_inventory)
+
+    def _ask_inventory(self, host: str, patience: float) -> Holding:
+        line = self._line(host, patience)
+        try:
+            line.ask("inventory", pin=True)
+            return decode_holding(line.answer()["holding"])
+        finally:
+            line.close()
+
+    def _line(self, host: str, patience: float) -> Line:
+        """Raises PeerError if the keeper of a host is not there."""
+        return Line(self._reach[host], bytes.fromhex(self._peers["secret"]), patience)
 
     def _listen(self, port: int) -> tuple[str, int]:
         address = _own_address(settings().bind)
@@ -107,23 +134,41 @@ class Member:
     def _tell_peers(self) -> None:
         self.link.ask("peers", timeout=self.deadline, **self._peers)
 
-    def open_newest(self, key: Key) -> SnapshotBackend:
-        """A step in memory as a backend. NotFoundError if it is gone."""
-        answer = self.link.ask("open", timeout=self.deadline, key=list(key))
+    def open(self, step: Step) -> SnapshotBackend:
+        """A step in memory as a backend. NotFoundError if nobody who can be reached has heard of it any more."""
+        answer = self.link.ask("open", timeout=self.deadline, key=list(step.key))
         if not answer["there"]:
-            raise NotFoundError(f"step {key[1]} is no longer in the memory of this host")
+            answer = self._told_by_others(step)
         folder, cut = str(answer["folder"]), int(answer["cut"])
         objects = {
             f"{folder}/commit.json": answer.payload[:cut],
             f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
         }
-        packs: dict[str, Pack] = {}
+        sizes = {int(rank): int(size) for rank, size in answer["sizes"]}
+        here: dict[int, Pack] = {
+            int(rank): LocalPack(fd, sizes[int(rank)]) for rank, fd in zip(answer["here"], answer.fds, strict=True)
+        }
         secret = bytes.fromhex(self._peers["secret"])
-        for (rank, size), fd in zip(answer["packs"], answer.fds, strict=True):
-            packs[_pack_path(folder, rank)] = LocalPack(fd, size)
-        for rank, size, address, port in answer["away"]:
-            packs[_pack_path(folder, rank)] = RemotePack((*key, rank), size, (address, port), secret, self.deadline)
-        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, packs)
+        packs, stripes = packs_of(step, sizes, here, self._reach, self._host, secret)
+        found = {_pack_path(folder, rank): pack for rank, pack in packs.items()}
+        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, found, stripes)
+
+    def _told_by_others(self, step: Step) -> Frame:
+        """What a keeper of another host says of a step that the one here has never heard of."""
+        why = "no keeper is left that has a part of it"
+        for name in sorted(step.parts):
+            try:
+                line = self._line(step.hosts[name], PATIENCE)
+                try:
+                    line.ask("open", key=list(step.key))
+                    answer = line.answer()
+                finally:
+                    line.close()
+                if answer["there"]:
+                    return answer
+            except CkptError as e:
+                why = str(e)
+        raise NotFoundError(f"step {step.key[1]} is no longer in memory: {why}")
 
     def done_reading(self, damaged: Key | None = None) -> None:
         """The step that was opened may go; `damaged` if it is not what was sealed."""
@@ -148,8 +193,15 @@ def _own_address(bind: str) -> str:
 
 
 def _introduce(letters: Sequence[bytes]) -> bytes:
-    """([rank: host], the job's secret): the one that keepers of an earlier life know, else a new one."""
+    """([rank: host], the job's secret, address by host): the secret is the one that most keepers of those with the newest
+    step know, else a new one; a spare, or a host that was away, may know another or none."""
     told = [json.loads(text) for text in letters]
-    known = [secret for _, secret in told if secret]
-    ranks = {str(rank): host for rank, (host, _) in enumerate(told)}
-    return json.dumps([ranks, known[0] if known else os.urandom(32).hex()]).encode()
+    ranks = {str(rank): host for rank, (host, *_) in enumerate(told)}
+    newest: dict[str, list[Any]] = {}
+    count = Counter(secret for _, secret, _, _ in told if secret)
+    known: dict[str, list[Any]] = {}
+    for _, secret, key, addresses in sorted(told, key=lambda t: (t[2], t[0])):
+        newest[secret] = max(key, newest.get(secret, [-1, -1]))
+        known |= addresses  # those told by who has newer steps win
+    best = max(count, key=lambda secret: (newest[secret], count[secret], secret), default="")
+    return json.dumps([ranks, best or os.urandom(32).hex(), known]).encode()

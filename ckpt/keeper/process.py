@@ -28,7 +28,7 @@ from ckpt import faults
 from ckpt.config import Every, Settings
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
 from ckpt.format.codec import parse_codecs
-from ckpt.keeper.holding import as_checkpoint, write_packs
+from ckpt.keeper.holding import Held, as_checkpoint, write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
@@ -169,6 +169,8 @@ class Keeper:
             used=self.vault.slots,
             secret=self.loop.secret.hex(),
             untold=untold,
+            known=self.uplink.addresses,
+            newest=max(self.vault.held, default=(-1, -1)),
         )
 
     def _on_listen(self, peer: Peer, message: Frame) -> Frame:
@@ -181,6 +183,8 @@ class Keeper:
 
     def _on_peers(self, peer: Peer, message: Frame) -> Frame:
         """The keepers of the job, by host: where they listen, which of them has the seat, what they have to know."""
+        needed = {host for held in self.vault.held.values() for host in held.hosts.values()}
+        self.uplink.addresses = {h: a for h, a in self.uplink.addresses.items() if h in needed}  # of those still there
         self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
         if self.uplink.lead(str(message["lead"])):
@@ -244,16 +248,20 @@ class Keeper:
         if held is None:
             return frame("answer", there=False)
         self.uplink.tell(frame("reading", rank=peer.rank, slot=held.slot))
+        here = [r for r in sorted(held.memory) if held.parts[r].report is not None]
+        return self._as_checkpoint(held, here)
+
+    def _call_open(self, peer: Peer, message: Frame) -> Frame:
+        """The same for a rank of another host, whose keeper has not heard of the step; without the memory."""
+        held = self.vault.held.get((int(message["key"][0]), int(message["key"][1])))
+        return frame("answer", there=False) if held is None else self._as_checkpoint(held, [])
+
+    def _as_checkpoint(self, held: Held, here: list[int]) -> Frame:
         commit, manifest = as_checkpoint(held)
         sizes = {r: part.report.size for r, part in held.parts.items() if part.report is not None}
-        here = sorted(r for r in sizes if r in held.memory)
-        packs = [[r, sizes[r]] for r in here]
-        away = [
-            [r, sizes[r], *self.uplink.addresses.get(held.hosts[r], ("", 0))] for r in sizes if r not in held.memory
-        ]
         return frame(
             "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
-            cut=len(commit), packs=packs, away=away,
+            cut=len(commit), sizes=sorted(sizes.items()), here=here,
         )  # fmt: skip
 
     def _on_done(self, peer: Peer, message: Frame) -> None:

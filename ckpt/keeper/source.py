@@ -163,11 +163,14 @@ class SharedPack:
 
 
 class SnapshotBackend:
-    """One step, read-only: small objects as they are, and packs, by path. The packs are closed with the backend."""
+    """One step, read-only: small objects as they are, and packs, by path. The packs, and the stripes that some of them are
+    decoded from, are closed with the backend."""
 
-    def __init__(self, root: str, objects: Mapping[str, bytes], packs: Mapping[str, Pack]) -> None:
+    def __init__(
+        self, root: str, objects: Mapping[str, bytes], packs: Mapping[str, Pack], stripes: Sequence[Stripes] = ()
+    ) -> None:
         self.root = root
-        self._objects, self._packs = dict(objects), dict(packs)
+        self._objects, self._packs, self._stripes = dict(objects), dict(packs), stripes
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         pack = self._pack(path)
@@ -200,7 +203,9 @@ class SnapshotBackend:
     def close(self) -> None:
         for pack in self._packs.values():
             pack.close()
-        self._packs = {}
+        for stripes in self._stripes:
+            stripes.close()
+        self._packs, self._stripes = {}, ()
 
     def create(self, path: str, data: bytes) -> None:
         self._refuse()

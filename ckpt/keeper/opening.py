@@ -1,0 +1,82 @@
+"""Where the packs of a step are read: here, in the memory of another host, or decoded from what others of its group hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from ckpt.errors import NotFoundError
+from ckpt.keeper.lead import Key
+from ckpt.keeper.rebuild import Share, Stripes
+from ckpt.keeper.recall import Step
+from ckpt.keeper.source import Line, Pack, RemotePack, SharedPack
+
+__all__ = ["PATIENCE", "packs_of"]
+
+PATIENCE = 10.0
+"""Seconds that a keeper may say nothing while it is read; then others make up for it, or the step is given up."""
+
+Address = tuple[str, int]
+
+
+class _Pieces:
+    """What another keeper holds of a step, as a `Store`."""
+
+    def __init__(self, key: Key, address: Address, secret: bytes) -> None:
+        self._key, self._line = list(key), Line(address, secret, PATIENCE)
+
+    def ask(self, parity: bool, offset: int, length: int) -> None:
+        self._line.ask("piece", key=self._key, parity=parity, offset=offset, length=length)
+
+    def take(self, into: memoryview) -> None:
+        self._line.take(into)
+
+    def close(self) -> None:
+        self._line.close()
+
+
+def packs_of(
+    step: Step,
+    sizes: Mapping[int, int],
+    here: Mapping[int, Pack],
+    reach: Mapping[str, Address],
+    host: str,
+    secret: bytes,
+) -> tuple[dict[int, Pack], list[Stripes]]:
+    """(packs by rank, stripes that some of them are decoded from, to be closed with them).
+
+    `sizes` of all packs by rank; `here`: those on this host, which people call `host`; `reach`: keepers by their host.
+    Raises NotFoundError if one cannot be had.
+    """
+    placement = step.layout.placement
+    address = {name: reach[h] for name, h in step.hosts.items() if h in reach}
+    stripes: dict[int, Stripes] = {}
+    packs: dict[int, Pack] = {}
+
+    def stripes_of(number: int) -> Stripes:
+        if number not in stripes:
+            shares = {
+                name: Share(
+                    partial(_Pieces, step.key, address[name], secret),
+                    name in step.parts,
+                    name in step.parity,
+                    step.hosts[name] == host,
+                )
+                for name in placement.groups[number].names & address.keys()
+            }
+            stripes[number] = Stripes(placement.groups[number], shares)
+        return stripes[number]
+
+    for rank, size in sizes.items():
+        name, base, _ = step.layout.ranks[rank]
+        direct = here.get(rank)
+        if direct is None and name in step.parts and name in address:
+            direct = RemotePack((*step.key, rank), size, address[name], secret, PATIENCE)
+        number = placement.group_of(name)
+        if placement.groups[number].parity:
+            packs[rank] = SharedPack(size, name, base, stripes_of(number), direct)
+        elif direct is not None:
+            packs[rank] = direct
+        else:
+            raise NotFoundError(f"rank {rank} of step {step.key[1]} was on {name}, which is gone, and is not protected")
+    return packs, list(stripes.values())
