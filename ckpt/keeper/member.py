@@ -19,7 +19,6 @@ from ckpt.keeper.opening import PATIENCE, packs_of
 from ckpt.keeper.protocol import Frame
 from ckpt.keeper.recall import Recalled, Step, recall
 from ckpt.keeper.source import Line, LocalPack, Pack, SnapshotBackend
-from ckpt.keeper.wire import Holding, decode_holding
 from ckpt.snapshot.arena import Slot
 
 __all__ = ["Member"]
@@ -104,26 +103,22 @@ class Member:
         """Collective: what steps can be had from the memory of all hosts that can be reached."""
         first = min(int(rank) for rank, host in self.ranks.items() if host == self._host)
 
-        def mine() -> Holding | None:
-            if first != self._rank:
-                return None
-            answer = self.link.ask("inventory", timeout=self.deadline, pin=True)
-            return decode_holding(answer["holding"])
+        def mine() -> Frame | None:
+            return self.link.ask("pin", timeout=self.deadline) if first == self._rank else None
 
-        others = self._reach.keys() - set(self.ranks.values())
-        return recall(group, mine, others, self._ask_inventory)
+        def ask(host: str, patience: float) -> Frame:
+            return self._ask_host(host, patience, "pin")
 
-    def _ask_inventory(self, host: str, patience: float) -> Holding:
-        line = self._line(host, patience)
+        return recall(group, mine, self._reach.keys() - set(self.ranks.values()), ask)
+
+    def _ask_host(self, host: str, patience: float, kind: str, **head: Any) -> Frame:
+        """Asks the keeper of another host. Raises PeerError if it is not there, or what it refuses with."""
+        line = Line(self._reach[host], bytes.fromhex(self._peers["secret"]), patience)
         try:
-            line.ask("inventory", pin=True)
-            return decode_holding(line.answer()["holding"])
+            line.ask(kind, **head)
+            return line.answer()
         finally:
             line.close()
-
-    def _line(self, host: str, patience: float) -> Line:
-        """Raises PeerError if the keeper of a host is not there."""
-        return Line(self._reach[host], bytes.fromhex(self._peers["secret"]), patience)
 
     def _listen(self, port: int) -> tuple[str, int]:
         address = _own_address(settings().bind)
@@ -145,9 +140,8 @@ class Member:
             f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
         }
         sizes = {int(rank): int(size) for rank, size in answer["sizes"]}
-        here: dict[int, Pack] = {
-            int(rank): LocalPack(fd, sizes[int(rank)]) for rank, fd in zip(answer["here"], answer.fds, strict=True)
-        }
+        ranks = [int(rank) for rank in answer.head.get("here", ())]
+        here: dict[int, Pack] = {r: LocalPack(fd, sizes[r]) for r, fd in zip(ranks, answer.fds, strict=True)}
         secret = bytes.fromhex(self._peers["secret"])
         packs, stripes = packs_of(step, sizes, here, self._reach, self._host, secret)
         found = {_pack_path(folder, rank): pack for rank, pack in packs.items()}
@@ -158,14 +152,7 @@ class Member:
         why = "no keeper is left that has a part of it"
         for name in sorted(step.parts):
             try:
-                line = self._line(step.hosts[name], PATIENCE)
-                try:
-                    line.ask("open", key=list(step.key))
-                    answer = line.answer()
-                finally:
-                    line.close()
-                if answer["there"]:
-                    return answer
+                return self._ask_host(step.hosts[name], PATIENCE, "describe", key=list(step.key))
             except CkptError as e:
                 why = str(e)
         raise NotFoundError(f"step {step.key[1]} is no longer in memory: {why}")

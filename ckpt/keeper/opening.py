@@ -26,7 +26,8 @@ class _Pieces:
         self._key, self._line = list(key), Line(address, secret, PATIENCE)
 
     def ask(self, parity: bool, offset: int, length: int) -> None:
-        self._line.ask("piece", key=self._key, parity=parity, offset=offset, length=length)
+        what = "parity" if parity else "segment"
+        self._line.ask("piece", key=self._key, what=what, offset=offset, length=length)
 
     def take(self, into: memoryview) -> None:
         self._line.take(into)

@@ -28,7 +28,7 @@ from ckpt import faults
 from ckpt.config import Every, Settings
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
 from ckpt.format.codec import parse_codecs
-from ckpt.keeper.holding import Held, as_checkpoint, write_packs
+from ckpt.keeper.holding import as_checkpoint, write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
@@ -249,19 +249,11 @@ class Keeper:
             return frame("answer", there=False)
         self.uplink.tell(frame("reading", rank=peer.rank, slot=held.slot))
         here = [r for r in sorted(held.memory) if held.parts[r].report is not None]
-        return self._as_checkpoint(held, here)
-
-    def _call_open(self, peer: Peer, message: Frame) -> Frame:
-        """The same for a rank of another host, whose keeper has not heard of the step; without the memory."""
-        held = self.vault.held.get((int(message["key"][0]), int(message["key"][1])))
-        return frame("answer", there=False) if held is None else self._as_checkpoint(held, [])
-
-    def _as_checkpoint(self, held: Held, here: list[int]) -> Frame:
         commit, manifest = as_checkpoint(held)
-        sizes = {r: part.report.size for r, part in held.parts.items() if part.report is not None}
+        sizes = [[r, part.report.size] for r, part in sorted(held.parts.items()) if part.report is not None]
         return frame(
             "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
-            cut=len(commit), sizes=sorted(sizes.items()), here=here,
+            cut=len(commit), sizes=sizes, here=here,
         )  # fmt: skip
 
     def _on_done(self, peer: Peer, message: Frame) -> None:

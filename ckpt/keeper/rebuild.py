@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ckpt.errors import CkptError, NotFoundError
+from ckpt.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.keeper.erasure import Code
 from ckpt.keeper.groups import Group
 
@@ -38,7 +38,8 @@ _code = cache(Code)
 class Store(Protocol):
     """One host's share of a step, as one thread reads it: what is asked for comes in that order.
 
-    Raises PeerError, NotFoundError or DeadlineError where it cannot be had; the store is of no use then.
+    Raises PeerError, NotFoundError or DeadlineError where it cannot be had, IntegrityError where these bytes are not what
+    they were; the store is of no use then.
     """
 
     def ask(self, parity: bool, offset: int, length: int) -> None:
@@ -106,12 +107,15 @@ class Stripes:
 
     def read(self, host: str, offset: int, into: Sequence[memoryview]) -> None:
         """Fills the buffers with bytes of a host's segment, decoded. NotFoundError if too few hosts are left for that."""
-        parts = list(self._cut(host, offset, into))
+        parts, damaged = list(self._cut(host, offset, into)), set[str]()
         while True:
             try:
-                return self._read(parts, {host, *self._failed})
+                return self._read(parts, {host, *self._failed, *damaged})
             except _Failed as e:
-                self.fail(e.host, e.why)
+                if isinstance(e.why, IntegrityError):  # of these bytes; others that it holds may be well
+                    damaged.add(e.host)
+                else:
+                    self.fail(e.host, e.why)
 
     def otherwise(self, host: str, offset: int, into: memoryview) -> Iterator[str]:
         """Fills the buffer by one way after the other: without one host or more than one, where others make up for them.
@@ -128,7 +132,8 @@ class Stripes:
                 try:
                     self._fetch(iter(plan))
                 except _Failed as e:
-                    self.fail(e.host, e.why)
+                    if not isinstance(e.why, IntegrityError):
+                        self.fail(e.host, e.why)
                     continue
                 yield f"decoded without {', '.join(sorted({host, *without}))}"
 

@@ -16,7 +16,7 @@ import test_guard as guards
 from guarded import Job, content
 
 from ckpt.config import ErasureCode, Replicas
-from ckpt.errors import NotFoundError, PeerError
+from ckpt.errors import IntegrityError, NotFoundError, PeerError
 from ckpt.keeper.erasure import Code
 from ckpt.keeper.groups import Group, Host, Placement, place
 from ckpt.keeper.guard import Area, Guard, Inventory
@@ -156,6 +156,41 @@ def test_a_host_that_fails_while_it_is_read_counts_as_lost(answers: int) -> None
         m.memory[other].answers = 1
     with pytest.raises(NotFoundError, match="it is gone"):
         m.stripes(m.parts.keys() - {name}).read(name, 0, [memoryview(bytearray(len(m.parts[name])))])
+
+
+@dataclass
+class Choosy(Memory):
+    """Finds some of its bytes damaged when they are asked for: those of each fifth KiB of a chunk, from the `nth` on."""
+
+    nth: int = 0
+    begins: frozenset[tuple[bool, int]] = frozenset()
+
+    def ask(self, parity: bool, offset: int, length: int) -> None:
+        start = max(at for what, at in self.begins if what == parity and at <= offset)
+        bad = (offset - start) // 1024 % 5 == self.nth
+        self.asked.append((self.parity if parity else self.part)[offset : offset + length] if not bad else b"")
+
+    def take(self, into: memoryview) -> None:
+        if not self.asked[0]:
+            raise IntegrityError("it is damaged")
+        super().take(into)
+
+
+def test_bytes_that_a_host_finds_damaged_are_lost_but_not_the_others_that_it_holds() -> None:
+    """Every host that is left has damage, no two at one place: were they given up for it, nothing could be had."""
+    m = made("4 + 2")
+    for name in m.parts:
+        memory: dict[str, Memory] = {}
+        for nth, other in enumerate(sorted(m.parts.keys() - {name})):
+            share = m.group.shares[other]
+            begins = {(False, c.start) for c in share.chunks} | {(True, p.offset) for p in share.parity}
+            memory[other] = Choosy(m.parts[other], m.memory[other].parity, nth=nth, begins=frozenset(begins))
+        stripes = Made(m.group, m.parts, memory).stripes(memory)
+        for chunk in m.group.shares[name].chunks:
+            for at in range(chunk.start, chunk.stop, 1024):
+                into = bytearray(min(1024, chunk.stop - at))
+                stripes.read(name, at, [memoryview(into)])
+                assert bytes(into) == m.parts[name][at : at + len(into)]
 
 
 class Direct:
