@@ -40,7 +40,7 @@ from ckpt.snapshot import arena
 
 WAIT = 60.0
 WIDE = 300_000  # more than one chunk of a copy
-ROWS = 8
+ROWS = 24  # for as many ranks as divide it
 _SUBREAPER = 36
 
 _SOURCE = "\n".join(p.read_text() for p in sorted(Path(ckpt.__file__).parent.rglob("*.py")))
@@ -118,6 +118,7 @@ class Job:
 
     diverge  from which step on the buffer is another one on each rank
     cut      with a tensor of which each rank declares a piece
+    redundancy  see `ckpt.Checkpointer`
     log      a file for what was seen: "at N" before a step is passed, "sealed N" and "stored N" after the fact
     """
 
@@ -133,8 +134,10 @@ class Job:
         world: int = 1,
         diverge: int | None = None,
         cut: bool = False,
+        redundancy: Any = None,
     ) -> None:
         self.run, self.salt, self.rank, self.world, self.diverge = run, salt, rank, world, diverge
+        self.redundancy = redundancy
         self.model = Net(wide)
         self.optimizer = Writing(list(self.model.named_parameters()), salt)
         rows = ROWS // world
@@ -185,6 +188,8 @@ class Job:
 
     def open(self, memory: int = 1, storage: int | None = 4, **more: Any) -> None:
         every = None if storage is None else ckpt.Every(storage)
+        if self.redundancy is not None:
+            more["redundancy"] = self.redundancy
         self.cp = ckpt.Checkpointer(
             self.run, self.state, memory=ckpt.Every(memory), storage=every, on_event=self.events.append, **more
         )
@@ -257,6 +262,14 @@ class Job:
     def report(self) -> dict[str, Any]:
         assert self.cp is not None
         return {k: v for k, v in vars(self.cp.report).items() if k != "saves"}
+
+    def announced(self) -> int:
+        """The newest step that is protected, -1 if none."""
+        return max((e.step for e in self.events if e.kind == "protect"), default=-1)
+
+    def heard(self) -> list[str]:
+        """What ckpt logged."""
+        return self.said
 
     def voids(self) -> list[str]:
         """Why steps were void."""
@@ -340,10 +353,18 @@ class Job:
 
 
 class Trainer:
-    """A fork that serves a Job. `trainer("verb", ...)` calls a method of it and returns what that returns."""
+    """A fork that serves a Job. `trainer("verb", ...)` calls a method of it and returns what that returns; `enter` is
+    called in it first."""
 
     def __init__(
-        self, run: str, *, env: dict[str, str] | None = None, store: str = "", opened: bool = True, **options: Any
+        self,
+        run: str,
+        *,
+        env: dict[str, str] | None = None,
+        store: str = "",
+        opened: bool = True,
+        enter: Callable[[], None] | None = None,
+        **options: Any,
     ) -> None:
         storage = options.pop("storage", 4)
         self._pipe, theirs = mp.Pipe()
@@ -351,6 +372,8 @@ class Trainer:
         if self.pid == 0:
             try:
                 os.environ.update(env or {})
+                if enter is not None:
+                    enter()
                 rank, world = options.get("rank", 0), options.get("world", 1)
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
                 torch.set_num_threads(1)
@@ -483,8 +506,13 @@ def gone(pid: int, limit: float = WAIT) -> int:
 
 
 def keepers(run: str) -> list[int]:
-    """The keepers of a run, by their command line."""
-    name, out = _name(run).encode(), []
+    """The keepers of a run on this host."""
+    return keeper_pids(_name(run))
+
+
+def keeper_pids(keeper: str) -> list[int]:
+    """The keepers of a name, by their command line."""
+    name, out = keeper.encode(), []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
