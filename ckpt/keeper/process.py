@@ -184,7 +184,8 @@ class Keeper:
     def _on_peers(self, peer: Peer, message: Frame) -> Frame:
         """The keepers of the job, by host: where they listen, which of them has the seat, what they have to know."""
         needed = {host for held in self.vault.held.values() for host in held.hosts.values()}
-        self.uplink.addresses = {h: a for h, a in self.uplink.addresses.items() if h in needed}  # of those still there
+        for host in self.uplink.addresses.keys() - needed:  # nothing of what is held here is there
+            del self.uplink.addresses[host]
         self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
         if self.uplink.lead(str(message["lead"])):
@@ -205,6 +206,8 @@ class Keeper:
             codecs = parse_codecs(message["codecs"])
             self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts)
             self._granted.clear()
+            if message["redundancy"] is None:  # nobody will say that the life has begun
+                self.shield.pinned = False
             if self.uplink.here:
                 memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
                 extents = tuple(int(n) for n in message["extents"])

@@ -73,10 +73,20 @@ class Service:
         self._loop.tell(asked[1], Frame("answer", {**told.head, "id": asked[2]["id"]}))
 
     def _inventory(self, peer: Peer, message: Frame) -> Frame:
-        return frame("answer", holding=encode_holding(self._shield.holding()), pinned=self._shield.pinned)
+        holding = encode_holding(self._shield.holding())
+        return frame("answer", holding=holding, held=self._held(), pinned=self._shield.pinned)
 
     def _pin(self, peer: Peer, message: Frame) -> Frame:
-        return frame("answer", holding=encode_holding(self._shield.pin()), pinned=True)
+        return frame("answer", holding=encode_holding(self._shield.pin()), held=self._held(), pinned=True)
+
+    def _held(self) -> list[Any]:
+        """[generation, step, host by rank] of the steps that are complete, of which this host has its part, protected or
+        not."""
+        return [
+            [*key, [held.hosts[rank] for rank in sorted(held.hosts)]]
+            for key, held in self._vault.held.items()
+            if held.memory.keys() == {rank for rank, host in held.hosts.items() if host == self._shield.host}
+        ]
 
     def _describe(self, peer: Peer, message: Frame) -> Frame:
         """The commit, then the manifest, which begins at `cut`. Raises NotFoundError."""

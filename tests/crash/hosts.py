@@ -23,7 +23,9 @@ from examples.hosts import Hosts
 class Cluster:
     """`hosts` and the lives of one run on them. The trainers of a life are ranks in the order in which it names hosts."""
 
-    def __init__(self, hosts: Hosts, run: str, redundancy: ckpt.ErasureCode | ckpt.Replicas | None, **options: Any) -> None:
+    def __init__(
+        self, hosts: Hosts, run: str, redundancy: ckpt.ErasureCode | ckpt.Replicas | None, **options: Any
+    ) -> None:
         self.hosts, self.run, self.redundancy, self.options = hosts, run, redundancy, options
         self._lives = itertools.count()
         self.trainers: dict[int, Trainer] = {}
