@@ -206,9 +206,11 @@ def commit_step(
     aliases: Mapping[str, str],
     reports: Sequence[PackReport | None],
     metrics: Mapping[str, float],
+    world: int | None = None,
     publishing: Callable[[], None] = lambda: None,
 ) -> Commit:
-    """Writes the manifest of what all ranks reported (None: nothing to write), then the commit.
+    """Writes the manifest of what all writers reported (None: nothing to write), then the commit. `world`: how many ranks
+    there are, if that is not the number of writers.
 
     `publishing` is called between the two: from then on the checkpoint may exist, whatever happens here.
     """
@@ -216,8 +218,8 @@ def commit_step(
 
     from ckpt.format.manifest import Packs, build_manifest, dump_manifest
 
-    world = len(reports)
-    wrote = [r for r in range(world) if reports[r] is not None]
+    wrote = [r for r, report in enumerate(reports) if report is not None]
+    world = len(reports) if world is None else world
     done = [report for report in reports if report is not None]
     packs = Packs(
         writer=np.array(wrote, dtype=np.uint32),

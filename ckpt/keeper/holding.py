@@ -22,6 +22,7 @@ from ckpt.errors import CapacityError, CkptError, IntegrityError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.pack import Piece, TensorSpec
+from ckpt.keeper.averaged import pack_start
 from ckpt.leading import codec_column
 from ckpt.plan import Plan
 from ckpt.scopes import merge_objects
@@ -37,6 +38,7 @@ __all__ = [
     "commit_held",
     "decode_plan",
     "encode_plan",
+    "pieces_of",
     "write_packs",
 ]
 
@@ -51,24 +53,33 @@ class Memory:
     def __init__(self, fd: int, size: int) -> None:
         self.fd, self.size = fd, size
         self._map: mmap.mmap | None = None
+        self._own: mmap.mmap | None = None
 
     @property
     def buffer(self) -> Bytes:
         """All of it; mapped when it is first asked for."""
-        if self._map is None:
-            try:
-                self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
-            except OSError as e:
-                raise CapacityError(
-                    f"the keeper cannot map {self.size >> 20} MiB of memory that it holds ({e.strerror}); raise its limits, "
-                    "as ulimit -v"
-                ) from e
+        self._map = self._map or self._mapped(mmap.PROT_READ)
         return np.frombuffer(self._map, dtype=np.uint8)
+
+    @property
+    def writable(self) -> Bytes:
+        """The same, for what the keeper itself puts there."""
+        self._own = self._own or self._mapped(mmap.PROT_READ | mmap.PROT_WRITE)
+        return np.frombuffer(self._own, dtype=np.uint8)
+
+    def _mapped(self, prot: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(self.fd, self.size, prot=prot)
+        except OSError as e:
+            raise CapacityError(
+                f"the keeper cannot map {self.size >> 20} MiB of memory that it holds ({e.strerror}); raise its limits, "
+                "as ulimit -v"
+            ) from e
 
     def close(self) -> None:
         """Gives the memory back, once nobody else holds or maps it."""
         os.close(self.fd)
-        self._map = None  # unmapped with the last array over it
+        self._map = self._own = None  # unmapped with the last array over it
 
 
 @dataclass(frozen=True)
@@ -78,11 +89,13 @@ class Part:
     report: PackReport | None
     objects: Sequence[Sequence[str]]
     metrics: Mapping[str, float]
+    averages: bool = False  # it is the pack of a rank's averages
 
 
 @dataclass(frozen=True)
 class Held:
-    """A complete step: `memory` of the ranks whose packs are on this host, parts of all ranks."""
+    """A complete step: `memory` of the writers whose packs are on this host, parts of all. Writer r is rank r; where there
+    are running averages, `world` + r is the pack of the averages of rank r (see `ckpt.keeper.averaged`)."""
 
     generation: int
     step: int
@@ -91,17 +104,39 @@ class Held:
     aliases: Mapping[str, str]
     parts: Mapping[int, Part]
     memory: Mapping[int, Memory]
-    hosts: Mapping[int, str] = field(default_factory=dict)  # of all ranks
+    hosts: Mapping[int, str] = field(default_factory=dict)  # of all writers
 
     @property
     def folder(self) -> str:
         return step_folder(self.step, self.generation)
 
-    def pack(self, rank: int) -> Bytes:
-        """The pack of a rank of this host."""
-        report = self.parts[rank].report
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        return sum(not part.averages for part in self.parts.values())
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those whose packs are on this host."""
+        return sorted(w for w in self.memory if not self.parts[w].averages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packs of this host."""
+        return sum(p.report.size for w, p in self.parts.items() if w in self.memory and p.report is not None)
+
+    def start(self, writer: int) -> int:
+        """Where the pack of a writer begins in its memory."""
+        if not self.parts[writer].averages:
+            return 0
+        snapshot = self.parts[writer - self.world].report
+        return pack_start(snapshot.size) if snapshot is not None else 0
+
+    def pack(self, writer: int) -> Bytes:
+        """The pack of a writer of this host."""
+        report, at = self.parts[writer].report, self.start(writer)
         assert report is not None
-        return self.memory[rank].buffer[: report.size]
+        return self.memory[writer].buffer[at : at + report.size]
 
 
 def encode_plan(plan: Plan, aliases: Mapping[str, str]) -> bytes:
@@ -185,7 +220,7 @@ def _write(
     report = held.parts[rank].report
     if report is None:
         return None
-    pieces = _pieces(held.plan, rank, codecs)
+    pieces = pieces_of(held.plan, rank, codecs)
     pack, intact = held.pack(rank), Intact(held, rank)
     if any(p.codec for p in pieces):
         intact.check(0, len(pack))
@@ -230,7 +265,8 @@ class Intact:
         )
 
 
-def _pieces(plan: Plan, rank: int, codecs: Sequence[tuple[str, Codec]]) -> list[Piece]:
+def pieces_of(plan: Plan, rank: int, codecs: Sequence[tuple[str, Codec]]) -> list[Piece]:
+    """What a writer stores, in the order of its report."""
     rows = plan.rows(rank)
     out = []
     for t, row in zip(plan.tensor[rows].tolist(), plan.box[rows].tolist(), strict=True):
@@ -264,6 +300,7 @@ def _commit(
         objects=objects,
         aliases=held.aliases,
         reports=reports,
+        world=held.world,
         metrics=held.parts[ranks[0]].metrics,
         publishing=publishing,
     )

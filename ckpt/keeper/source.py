@@ -38,13 +38,14 @@ class Pack(Protocol):
 
 @dataclass(frozen=True)
 class LocalPack:
-    """In sealed memory of this host."""
+    """In sealed memory of this host, from byte `start` on."""
 
     fd: int
     size: int
+    start: int = 0
 
     def read(self, offset: int, into: Sequence[Buffer]) -> None:
-        if os.preadv(self.fd, into, offset) != sum(len(b) for b in into):
+        if os.preadv(self.fd, into, self.start + offset) != sum(len(b) for b in into):
             raise IntegrityError(f"memory of this host: ends before byte {offset + sum(len(b) for b in into)}")
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:

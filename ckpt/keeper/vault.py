@@ -38,6 +38,14 @@ class Vault:
                 old.close()
             self._memory[rank, slot] = Memory(fd, os.fstat(fd).st_size)
 
+    def memory(self, rank: int, slot: int) -> Memory:
+        """A rank's part of a slot."""
+        return self._memory[rank, slot]
+
+    def plan_of(self, key: str) -> Plan:
+        """A plan by its name."""
+        return self._plans[key][1]
+
     def take_away(self, rank: int, slots: Sequence[int]) -> None:
         """Never uses this memory again."""
         for slot in slots:
@@ -58,14 +66,20 @@ class Vault:
         key, slot = (int(order["key"][0]), int(order["key"][1])), int(order["slot"])
         _, plan, aliases = self._plans[str(order["plan"])]
         parts: dict[int, Part] = {}
-        at = 0
-        for rank, (objects, metrics, n) in enumerate(order["parts"]):
-            parts[rank] = Part(decode_report(order.payload[at : at + n]), objects, metrics)
+        at, world = 0, len(order["parts"])
+        for rank, (objects, metrics, n, folded) in enumerate(order["parts"]):
+            parts[rank] = Part(decode_report(order.payload[at : at + n - folded]), objects, metrics)
+            if folded:
+                parts[world + rank] = Part(
+                    decode_report(order.payload[at + n - folded : at + n]), [], {}, averages=True
+                )
             at += n
-        memory = {r: self._memory[r, slot] for r in parts if hosts.get(r) == here and (r, slot) in self._memory}
+        of = {writer: writer % world for writer in parts}  # whose memory it is in
+        memory = {w: self._memory[r, slot] for w, r in of.items() if hosts.get(r) == here and (r, slot) in self._memory}
+        there = {w: hosts[r] for w, r in of.items() if r in hosts}
         for old in [k for k, h in self.held.items() if h.slot == slot]:
             del self.held[old]
-        self.held[key] = Held(*key, slot, plan, aliases, parts, memory, dict(hosts))
+        self.held[key] = Held(*key, slot, plan, aliases, parts, memory, there)
 
     def forget(self, steps: Collection[Key], slots: Collection[int]) -> None:
         """Lets go of all steps but these, and of the slots that were needed before and are not now: one that was never
