@@ -130,7 +130,7 @@ class Service:
 
         def work() -> None:
             send(sock, frame("answer", id=message["id"]))
-            receive_pieces(sock, self._shield.folding)
+            receive_pieces(sock, self._shield.receiver)
 
         threading.Thread(target=work, name="ckpt-fold", daemon=True).start()
 

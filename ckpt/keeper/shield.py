@@ -27,7 +27,7 @@ from ckpt import faults
 from ckpt.config import Settings
 from ckpt.errors import CapacityError, CkptError, IntegrityError, to_wire
 from ckpt.keeper.areas import Areas
-from ckpt.keeper.folding import Folding
+from ckpt.keeper.receiver import Receiver
 from ckpt.keeper.groups import Group, Placement
 from ckpt.keeper.guard import Mark, Start, Ward
 from ckpt.keeper.holding import Held
@@ -71,7 +71,7 @@ class Shield:
         self._lock = threading.Condition()
         self.ward = Ward(self.name)
         self.areas = Areas(host, self._lock)
-        self.folding = Folding(self.ward, self.areas, self._lock, self._finish, self._failed, config.protect_patience)
+        self.receiver = Receiver(self.ward, self.areas, self._lock, self._finish, self._failed, config.protect_patience)
         self.pinned = False  # a restart is under way: nothing may change
         self.layout: tuple[int, Layout] | None = None  # of the life under way, with its generation
         self.announced: Key | None = None
@@ -249,7 +249,7 @@ class Shield:
                     return
                 self._stop()
                 self._sent, why, check = (mark, key), "", key not in self._checked
-                moved = self.folding.moved = time.monotonic()
+                moved = self.receiver.moved = time.monotonic()
                 self.areas.begin(area)
         if why:
             self._tell(frame("failed", name=self.name, mark=list(mark), why=why))
@@ -348,7 +348,7 @@ class Shield:
         with self._lock:
             if self.ward.area(mark) is None or self._reported >= mark:
                 return
-            now, done = self.folding.moved, self.ward.encoded(mark)
+            now, done = self.receiver.moved, self.ward.encoded(mark)
         if now == moved and quiet >= 4 and not done:
             self._failed(mark, f"nothing came to {self.host} for {self._config.protect_patience:g} s")
             return

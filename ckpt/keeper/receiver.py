@@ -14,12 +14,12 @@ from ckpt.keeper.groups import Group, Placement
 from ckpt.keeper.guard import Fold, Mark, Ward
 from ckpt.keeper.streams import PIECE, Piece
 
-__all__ = ["Folding"]
+__all__ = ["Receiver"]
 
 Bytes = npt.NDArray[np.uint8]
 
 
-class Folding:
+class Receiver:
     """Of many threads, one for each connection that brings chunks. `lock` guards `ward` and `areas`.
 
     finished  told of an attempt when a chunk is in
