@@ -28,6 +28,7 @@ from ckpt import faults
 from ckpt.config import Every, Settings
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
 from ckpt.format.codec import parse_codecs
+from ckpt.keeper.folding import Folding
 from ckpt.keeper.holding import as_checkpoint, write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
@@ -61,6 +62,7 @@ class Keeper:
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
         self._service = Service(self.loop, self.vault, self.shield)
+        self.folding = Folding(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
@@ -90,7 +92,7 @@ class Keeper:
         self._storage.shutdown()
 
     def _over(self) -> bool:
-        if self._busy or self.seat.busy:
+        if self._busy or self.seat.busy or self.folding.busy:
             return False
         return self._ending or (self._until is not None and self.clock() >= self._until)
 
@@ -208,6 +210,7 @@ class Keeper:
             self._granted.clear()
             if message["redundancy"] is None:  # nobody will say that the life has begun
                 self.shield.pinned = False
+            self.folding.begin(self.life.world)
             if self.uplink.here:
                 memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
                 extents = tuple(int(n) for n in message["extents"])
@@ -223,6 +226,11 @@ class Keeper:
     def _on_plan(self, peer: Peer, message: Frame) -> None:
         self._order(frame("plan", message.payload, key=message["key"]))
 
+    def _on_averages(self, peer: Peer, message: Frame) -> Frame:
+        """What a rank's running averages are, as of where it begins."""
+        self.folding.seed(peer.rank, message)
+        return frame("answer")
+
     def _on_ready(self, peer: Peer, message: Frame) -> None:
         peer.ready = int(message["epoch"])
         self.uplink.tell(frame("ready", rank=peer.rank, epoch=peer.ready))
@@ -236,7 +244,9 @@ class Keeper:
             self.uplink.tell(frame("at", step=message["step"]))
 
     def _on_sealed(self, peer: Peer, message: Frame) -> None:
-        self.uplink.tell(Frame("sealed", {**message.head, "rank": peer.rank}, message.payload))
+        if "marks" in message.head and peer.rank == 0:
+            self._order(frame("weigh", step=message["step"], marks=message["marks"]))
+        self.folding.sealed(peer.rank, message)
 
     def _on_missed(self, peer: Peer, message: Frame) -> None:
         self.uplink.tell(Frame("missed", {**message.head, "rank": peer.rank}))
@@ -268,12 +278,19 @@ class Keeper:
     def _on_close(self, peer: Peer, message: Frame) -> None:
         peer.closed = True
 
-    def _on_look(self, peer: Peer, message: Frame) -> Frame:
-        """What this keeper holds, for people."""
+    def _on_look(self, peer: Peer, message: Frame) -> Frame | None:
+        """What this keeper holds, for people; for a trainer, once it is clear whether what is being folded will be whole."""
+        if peer.rank < 0:
+            return self._look()
+        number = message["id"]
+        self.folding.settled(-1, lambda: self.loop.tell(peer, frame("answer", id=number, **self._look().head)))
+        return None
+
+    def _look(self) -> Frame:
         steps = [
-            {"generation": h.generation, "step": h.step, "ranks": sorted(h.memory), "bytes": sum(len(h.pack(r)) for r in h.memory)}
+            {"generation": h.generation, "step": h.step, "ranks": h.ranks, "bytes": h.nbytes}
             for h in self.vault.held.values()
-        ]  # fmt: skip
+        ]
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
@@ -300,11 +317,15 @@ class Keeper:
             self.seat.host_gone(peer.host)
         elif peer.role == "trainer":
             if peer.living:
-                self.uplink.tell(frame("left", rank=peer.rank, why="its trainer is gone"))
-            if peer.rank >= 0 and not any(p.rank >= 0 for p in self.loop.peers):
-                self._deserted(peer.closed)
+                left = frame("left", rank=peer.rank, why="its trainer is gone")
+                self.folding.settled(peer.rank, lambda: self.uplink.tell(left))
+            if peer.rank >= 0:
+                self.folding.settled(-1, lambda: self._deserted(peer.closed))
 
     def _deserted(self, closed: bool) -> None:
+        """If no trainer is left."""
+        if any(p.rank >= 0 for p in self.loop.peers):
+            return
         if closed or not self.vault.held:
             self._ending = True
             return
@@ -330,6 +351,9 @@ class Keeper:
 
     def _obey(self, order: Frame) -> None:
         kind = order.kind
+        if kind in ("weigh", "refuse"):
+            self.folding.obey(order)
+            return
         if kind == "plan":
             self.vault.plan(str(order["key"]), order.payload)
         elif kind == "keep":
@@ -346,12 +370,15 @@ class Keeper:
             key = int(order["key"][0]), int(order["key"][1])
             self.shield.hold(key, self.vault.held[key])
             faults.point("keeper complete")
-            self._tell_trainers(frame("complete", step=order["key"][1], storing=order["storing"]))
+            told = {"storing": order["storing"], "averages": order["averages"]}
+            self._tell_trainers(frame("complete", step=order["key"][1], **told))
+            self.folding.obey(order)
         elif kind == "synced":
             self.uplink.synced(order)
         elif kind in ("fence", "lay", "start", "abandon"):
             self.shield.obey(order)
         else:
+            self.folding.obey(order)
             if kind == "announced":
                 self.shield.obey(order)
             if kind == "grant":

@@ -26,6 +26,7 @@ from ckpt.commit import claim_attempt, step_folder
 from ckpt.config import Every
 from ckpt.errors import CkptError, ConflictError, IntegrityError, PeerError, to_wire
 from ckpt.format.codec import Codec
+from ckpt.keeper.averaged import refused, summary
 from ckpt.keeper.holding import Held, commit_held
 from ckpt.keeper.lead import Complete, Decision, Grant, Key, Lead, Persist, Replan, Sealed, Stepped, Void
 from ckpt.keeper.protocol import Frame, frame
@@ -92,6 +93,7 @@ class Seat:
     _parts: dict[tuple[Key, int], Frame] = field(default_factory=dict)
     _save: _Save | None = None
     _kept: tuple[Any, ...] = ()
+    _mixed: tuple[Key, list[Decision]] | None = None  # what waits until all ranks have refused to fold a step
 
     @property
     def busy(self) -> bool:
@@ -114,6 +116,11 @@ class Seat:
         self.lead.memory, self.lead.storage = memory or Every(1), storage
         self.life, self.deserted = life, False
         self._parts.clear()
+        if self._mixed is not None:  # nobody is left to refuse
+            self.lead.damaged(self._mixed[0])
+            if any(isinstance(d, Persist) for d in self._mixed[1]):
+                self.lead.persist_ended(self._mixed[0], False, self.clock())
+            self._mixed = None
         for key, held in self.held.items():  # of a life that another keeper led
             self.lead.adopt(key, held.slot)
         self.watch.hold_still()
@@ -190,13 +197,16 @@ class Seat:
         step = int(event["step"])
         self._parts[(lead.generation, step), rank] = event
         part = Sealed(str(event["plan"]), {str(k): int(v) for k, v in event["copies"].items()})
+        if self._mixed is not None and self._mixed[0] == (lead.generation, step):
+            waiting, self._mixed = self._mixed[1], None
+            return waiting
         return lead.seal(rank, step, part, self.clock())
 
     def _decided(self, decisions: list[Decision]) -> None:
         lead = self.lead
         assert lead is not None
         storing = {d.key for d in decisions if isinstance(d, Persist)}
-        for d in decisions:
+        for d in self._agreed(decisions):
             if isinstance(d, Grant):
                 self.order(frame("grant", step=d.step, slot=d.slot), None)
             elif isinstance(d, Void):
@@ -215,13 +225,29 @@ class Seat:
         for k in [k for k in self._parts if k[0] == key]:
             del self._parts[k]
 
+    def _agreed(self, decisions: list[Decision]) -> list[Decision]:
+        """Where one rank refused to fold a step and another did not: asks all to refuse, and decides when they have."""
+        lead = self.lead
+        assert lead is not None
+        for d in decisions:
+            if not isinstance(d, Complete):
+                continue
+            why = refused([self._parts[d.key, rank] for rank in range(lead.world)])
+            if why:
+                wait: list[Decision] = [w for w in decisions if isinstance(w, (Complete, Persist)) and w.key == d.key]
+                self._mixed = d.key, wait
+                self.order(frame("refuse", step=d.key[1], why=why))
+                return [w for w in decisions if w not in wait]
+        return decisions
+
     def _complete(self, d: Complete, world: int, storing: bool) -> Frame:
         parts = [self._parts.pop((d.key, rank)) for rank in range(world)]
-        told = [[p["objects"], p["metrics"], len(p.payload)] for p in parts]
+        told = [[p["objects"], p["metrics"], len(p.payload), p.head.get("folded", 0)] for p in parts]
         payload = b"".join(p.payload for p in parts)
         return frame(
-            "complete", payload, key=list(d.key), slot=d.slot, plan=parts[0]["plan"], parts=told, storing=storing
-        )
+            "complete", payload, key=list(d.key), slot=d.slot, plan=parts[0]["plan"], parts=told, storing=storing,
+            averages=summary(parts),
+        )  # fmt: skip
 
     def _keep(self) -> None:
         """Tells what is needed, when that has changed, and is known."""
@@ -244,7 +270,7 @@ class Seat:
         faults.point("keeper persist")
         self.order(frame("storing", step=held.step), None)
         self.work(
-            lambda: claim_attempt(life.backend(self.direct), held.folder, len(held.parts)),
+            lambda: claim_attempt(life.backend(self.direct), held.folder, held.world),
             lambda found: self._claimed(save, found),
         )
 
