@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from ckpt.format.layout import Layout
     from ckpt.loading import LoadReport
+    from ckpt.merge.average import EMA, MWA, Power, PowerEMA
     from ckpt.merge.recipe import Recipe, average, posthoc
     from ckpt.merge.search import SearchReport, search
     from ckpt.merge.write import MergeReport, materialise
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "EMA",
+    "MWA",
     "RNG",
     "ByLayout",
     "CapacityError",
@@ -74,6 +77,8 @@ __all__ = [
     "PerCoordinate",
     "PerRank",
     "Pickled",
+    "Power",
+    "PowerEMA",
     "Recipe",
     "Replicas",
     "Replicated",
@@ -97,6 +102,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "EMA": "merge.average",
+    "MWA": "merge.average",
+    "Power": "merge.average",
+    "PowerEMA": "merge.average",
     "RNG": "rng",
     "Checkpoint": "checkpoint",
     "Checkpointer": "checkpointer",

@@ -5,22 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from ckpt.averages import state_dict_of, swapped
+from ckpt.averaging import AverageView, check_rules
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle, begin_save
 from ckpt.catalog import generations_in_use, list_run, parse_ref
 from ckpt.collective import current_group
 from ckpt.commit import open_generation
 from ckpt.config import ErasureCode, Every, Replicas, settings
-from ckpt.errors import CkptError, DeadlineError, PeerError, UsageError
+from ckpt.errors import CkptError, DeadlineError, NotFoundError, PeerError, UsageError
 from ckpt.events import Event, Events
 from ckpt.format.codec import CodecRule, parse_codecs
 from ckpt.keeping import Schedule
 from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_ref
+from ckpt.merge.average import Rule
 from ckpt.merge.recipe import Recipe
 from ckpt.restoring import restore_newest
 from ckpt.retention import Policy
@@ -136,6 +142,9 @@ class Checkpointer:
                needs `memory`, and two hosts or more to do anything
     keep       retention policies; a step is kept if any of them keeps it. Nothing is deleted by default
     codec      see `ckpt.save`; for storage only
+    averages   running averages of the model, {"ema": ckpt.EMA(half_life=2000)}, folded by the keeper from its snapshots, so
+               only with `memory`: see `average`. Which leaves are averaged: `ckpt.averages`. They cost a slot's 4 bytes a
+               parameter each, are stored with every step, and go on after a restart bit by bit
     max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
     local      a folder of this run on a disk of each host, or a `ckpt.Local`: saves commit there and trickle to `run` in the
                background; `restore` takes what is nearest. See docs/design/015
@@ -161,6 +170,7 @@ class Checkpointer:
         redundancy: ErasureCode | Replicas | None = None,
         keep: Sequence[Policy] = (),
         codec: CodecRule | None = None,
+        averages: Mapping[str, Rule] | None = None,
         max_stale: float | None = None,
         on_event: Callable[[Event], None] | None = None,
         local: Local | str | os.PathLike[str] | None = None,
@@ -175,7 +185,11 @@ class Checkpointer:
             raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
         if local is not None and (memory is not None or storage is None):
             raise UsageError("local= goes with storage=, and not with memory= yet")
-        codecs = parse_codecs(codec)
+        if averages and memory is None:
+            raise UsageError(
+                "averages= are folded by the keeper, from snapshots in memory: give memory=ckpt.Every(n), too"
+            )
+        codecs, rules = parse_codecs(codec), check_rules(averages)
         self._backend = _backend(run)
         self._state, self._max_stale = state, max_stale
         self._group = current_group()
@@ -187,10 +201,13 @@ class Checkpointer:
         self._kept: Kept | None = None
         if memory is not None:
             try:
-                schedule = Schedule(memory, storage, codec, redundancy)
+                schedule = Schedule(memory, storage, codec, redundancy, rules)
                 self._kept = Kept(self._backend, self._group, schedule, self._account)
             except PeerError as e:
                 log.warning("ckpt: no snapshots in memory, saves go to storage from threads: %s", e)
+                if rules:
+                    log.error("ckpt: no averages: there is no keeper to fold them")
+        self._swapped = ""
         tier = Local(local) if isinstance(local, str | os.PathLike) else local
         self._tiers = Tiers(self._backend, _backend(run), tier, self._group) if tier is not None else None
         self._saves = self._kept or Threaded(self._backend, self._group, storage, codecs, self._account, self._tiers)
@@ -219,6 +236,7 @@ class Checkpointer:
         those of `ckpt.load`.
         """
         options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
+        self._refuse_swapped("restore")
         self.wait(settings().deadline)
         if ref is None:
             run: Backend = self._backend
@@ -234,7 +252,7 @@ class Checkpointer:
         start = 0 if found is None or self.last_load is None else self.last_load.step + 1
         self._step = None
         if self.last_load is not None:
-            self._saves.begin(self._state, start)
+            self._saves.begin(self._state, start, self.last_load if found is not None else None)
             source = "memory" if self.last_load.ref.startswith("memory of ") else "storage"
             self._account.event("restore", self.last_load.step, outcome=source, bytes=self.last_load.bytes_read)
         return start
@@ -255,8 +273,10 @@ class Checkpointer:
 
         Returns the handle of the save, or None if none was due or it could not begin (see `report`): `staged` once the
         state is copied, `done` once it is sealed in memory on all ranks or, without `memory`, committed. Raises nothing
-        but the DeadlineError of `max_stale`, and at the first step what keeps snapshots from being possible at all.
+        but the DeadlineError of `max_stale`, UsageError within `swapped`, and at the first step what keeps snapshots from
+        being possible at all.
         """
+        self._refuse_swapped("step")
         self._step = step
         self._metrics = self._account.note(step, metrics)
         stale = time.monotonic() - self._account.durable
@@ -278,9 +298,53 @@ class Checkpointer:
 
     def save_now(self) -> SaveReport:
         """Saves the last step to storage now, unless it is there, and waits for it. Raises what `ckpt.save` raises."""
+        self._refuse_swapped("save_now")
         if self._step is None:
             raise UsageError("save_now: no step was done yet; call step(n) first")
         return self._saves.store(self._state, self._step, self._metrics)
+
+    @property
+    def averages(self) -> Mapping[str, AverageView]:
+        """How each average stands: its rule, what counts in it, how far it is from the last step."""
+        return self._kept.averages if self._kept is not None else {}
+
+    def average(self, name: str) -> dict[str, torch.Tensor]:
+        """The state dict of the model with a running average in the place of what is averaged, as of the newest step in
+        memory, or as this life began with; collective.
+
+        Names are the model's (with several modules in the state: after their keys), tensors this rank's shards, float32,
+        wrapped as the model's own; what is not averaged is as it is in the model, copied. On another layout, or without the
+        job: `ckpt.load({"model": model}, ref, rename={"averages.NAME.model": "model"}, cast=True,
+        allow_missing=["model.*"])` after a load of the step itself.
+
+        Raises NotFoundError if nothing was folded yet; UsageError for flat parameters (FSDP1).
+        """
+        return state_dict_of(self._state, self._average(name))
+
+    def _average(self, name: str) -> dict[str, torch.Tensor]:
+        self._refuse_swapped("average")
+        if self._kept is None:
+            raise NotFoundError(f"average {name!r}: this job has no keeper, and so no averages")
+        return self._kept.average(self._state, name)[name]
+
+    @contextmanager
+    def swapped(self, model: torch.nn.Module, name: str) -> Iterator[None]:
+        """Within, `model`, a module of the state, has the weights of an average, rounded to its own types; collective. Then
+        it has its own again, bit by bit, also after an exception. In between `step`, `save_now`, `restore` and `close` raise
+        UsageError. Raises what `average` raises."""
+        values = self._average(name)
+        with swapped(model, self._state, values):
+            self._swapped = name
+            try:
+                yield
+            finally:
+                self._swapped = ""
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise UsageError(
+                f"{what} within swapped({self._swapped!r}): the weights are not those of training; leave it first"
+            )
 
     def fence(self) -> None:
         """Waits until no snapshot is being copied: before anything but a step of an optimizer of the state changes
@@ -297,6 +361,7 @@ class Checkpointer:
 
     def close(self) -> CloseReport:
         """Stores the last step if it was not, writes the ledger, ends the keeper, and returns the counts."""
+        self._refuse_swapped("close")
         if not self.wait(settings().deadline):
             log.error("ckpt: a save is still under way after %.0f s; it goes on", settings().deadline)
         if self._step is not None:

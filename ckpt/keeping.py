@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt import faults
+from ckpt.averaging import Averages, Origin
 from ckpt.background import pace
 from ckpt.collective import Group
 from ckpt.config import ErasureCode, Every, Replicas, Settings, settings
@@ -23,6 +24,7 @@ from ckpt.errors import CkptError, DeadlineError, UsageError
 from ckpt.format.codec import CodecRule
 from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
+from ckpt.merge.average import Rule
 from ckpt.outcomes import Outcome, Storing
 from ckpt.prepared import Prepared, Preparing
 from ckpt.protecting import Slots, agree_on_slots, ask_protection
@@ -44,12 +46,14 @@ _MEETING = 20.0  # seconds in which the keepers of a job should have reached one
 
 @dataclass(frozen=True)
 class Schedule:
-    """When steps go to memory, when to storage, how they are coded there, and what protects memory."""
+    """When steps go to memory, when to storage, and how they are coded there; what protects memory, and what is averaged
+    in it."""
 
     memory: Every
     storage: Every | None
     codec: CodecRule | None
     redundancy: ErasureCode | Replicas | None = None
+    averages: Mapping[str, Rule] = field(default_factory=dict)
 
     def due(self, step: int) -> bool:
         """Whether a step that is not granted counts as skipped."""
@@ -77,7 +81,8 @@ class Keeping:
 
     def __init__(self, run: str, group: Group, schedule: Schedule, heard: Callable[[Outcome], None]) -> None:
         self._run, self._group, self._schedule, self._told = run, group, schedule, heard
-        self._plans = Preparing(group.rank, group.world)
+        self.averages = Averages(schedule.averages, group.rank, group.world)
+        self._plans = Preparing(group.rank, group.world, self.averages)
         self._lock = threading.Lock()
         self._grants: dict[int, int] = {}
         self._at = -1
@@ -117,6 +122,8 @@ class Keeping:
             self._storing.found()
             self._begin_here(self._slots, [], self._at + 1)
             self._epoch = self._wanted_epoch = 0
+            if self._prepared is not None:
+                self.averages.hand_over(self.member, self.averages.take_own(self._prepared.work, self.member.slots))
             self._join()
         except Exception as e:
             log.error("ckpt: no new keeper: %s; this run has no snapshots in memory any more", e)
@@ -127,6 +134,7 @@ class Keeping:
             step, late = int(message["step"]), False
             with self._lock:
                 late = step <= self._at
+                self.averages.granted(step, int(message["slot"]))
                 if not late:
                     self._grants[step] = int(message["slot"])
             if late:
@@ -150,6 +158,7 @@ class Keeping:
         elif message.kind in ("complete", "void"):
             if message.head.get("storing"):
                 self._storing.begin(int(message["step"]))
+            self.averages.whole(int(message["step"]), message.head.get("averages"))
             self._told(Outcome(message.kind, int(message["step"]), message.head.get("why", "")))
         elif message.kind == "announced":
             self._told(Outcome("announced", int(message["step"]), lag=float(message["lag"])))
@@ -169,9 +178,9 @@ class Keeping:
 
     # A life.
 
-    def begin(self, state: Any, generation: int, start: int) -> None:
-        """Collective: a life begins. Agrees on the plan, reserves the slots. Raises on every rank what any of them has
-        against it: LayoutError and the like, CapacityError."""
+    def begin(self, state: Any, generation: int, start: int, origin: Origin) -> None:
+        """Collective: a life begins. Agrees on the plan, reserves the slots. `origin`: of averages that go on. Raises on
+        every rank what any of them has against it: LayoutError and the like, CapacityError."""
         self._generation, self._at, self._began = generation, start - 1, False
         self._grants.clear()
         called: Called | None = None
@@ -184,6 +193,8 @@ class Keeping:
             leaves = called.leaves
         except Exception as e:
             leaves = e
+        self.averages.forget()
+        self.averages.agree(self.averages.names(state), self._group)
         self._plans.agree(leaves, f"plan of memory {generation}", self._group)
         assert called is not None
         self._slots = self._agree_on_slots(self._group)
@@ -193,14 +204,16 @@ class Keeping:
             new = self._reserve(self._slots.numbers)
             self._prepared = self._plans.prepare(state, called)
             self._begin_here(self._slots, new, start)
+            failure = self.averages.read(self._prepared.work, self._prepared.sources, origin)
         except Exception as e:
             self._drop(new)
             failure = e
-        self._group.round("begun", failure, lambda _: b"")
+        unread = self._group.round("begun", failure, lambda all_: max(all_))
         self._epoch = self._wanted_epoch = 0
         try:
             if self._slots.redundancy is not None:
                 ask_protection(self.member, self._generation)
+            self.averages.hand_over(self.member, unread)
             self._join()
         except Exception as e:
             failure = e
@@ -316,9 +329,10 @@ class Keeping:
             prepared.work.layout, prepared.sources, prepared.lazy, self.member.slots[slot].buffer,
             checked=config.check_copies, and_then=before_changes if later or called.confirm else None,
         )  # fmt: skip
+        marks = {"marks": self.averages.marks(step, metrics)} if self.averages.rules else {}
         objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
         faults.point("trainer copied eagerly")
-        head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics)}
+        head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics), **marks}
         taken = Taken(snapshot.copied, time.monotonic() - began, prepared.work.layout.size)
         self._copying.submit(self._rest, taken, snapshot, head, copies, config)
         fence_here().put(snapshot.copied, snapshot.give_up)
@@ -346,6 +360,7 @@ class Keeping:
         self._epoch = epoch
         leaves: Leaves | Exception
         called: Called | None = None
+        names = self.averages.names(state)
         try:
             called = self._plans.roll.call(state)
             leaves = called.leaves
@@ -354,12 +369,14 @@ class Keeping:
 
         def work() -> None:
             try:
+                self.averages.agree(names, self._group.beside())
                 self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
                 assert called is not None
                 self._slots = self._agree_on_slots(self._group.beside())
                 new = self._reserve(self._slots.numbers)
                 self._prepared = self._plans.prepare(state, called)
                 self._begin_here(self._slots, new, self._at + 1)
+                self.averages.read_held(self._prepared.work, self._prepared.sources, self.member, self._group.beside())
                 self._join()
             except Exception as e:
                 log.error("ckpt: no new plan for snapshots, there will be none until the next restart: %s", e)

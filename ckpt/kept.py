@@ -9,16 +9,22 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt.backends import Backend
+import torch
+
+from ckpt.averages import read_average
+from ckpt.averaging import AverageView
+from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle
 from ckpt.collective import Group
 from ckpt.commit import step_folder
 from ckpt.config import settings
-from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire
+from ckpt.errors import CkptError, DeadlineError, NotFoundError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
+from ckpt.keeper.averaged import AVERAGES, encode_progress
 from ckpt.keeper.recall import Recalled, Step
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.keeping import Keeping, Schedule, Taken
+from ckpt.loading import LoadReport
 from ckpt.outcomes import Outcome
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.upkeep import Account
@@ -27,6 +33,8 @@ __all__ = ["Kept"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
+IN_MEMORY = "memory of "
+"""How the ref of a step begins that was loaded from the keepers."""
 
 
 class _Handle(SaveHandle):
@@ -48,6 +56,8 @@ class Kept:
         self._bytes = 0  # of this rank's last pack
         self._lock = threading.Lock()
         self._began = False
+        self._loaded: LoadReport | None = None  # what this life goes on from
+        self._steps: dict[Key, Step] = {}  # that were recalled before it
         keeping: Keeping | None = None
         failure: bytes | Exception = b""
         try:
@@ -66,8 +76,10 @@ class Kept:
         _flush_at_sigterm(keeping)
 
     def recall(self) -> Recalled:
-        """What steps can be had from memory; collective."""
-        return self._keeping.member.recall(self._group)
+        """What steps can be had from memory; collective. It stays as it is until the next life begins."""
+        recalled = self._keeping.member.recall(self._group, pin=True)
+        self._steps = {step.key: step for step in recalled.steps}
+        return recalled
 
     def open(self, step: Step) -> SnapshotBackend:
         """A step in memory, to load from. NotFoundError if it is gone."""
@@ -80,18 +92,70 @@ class Kept:
         except CkptError as e:
             log.error("ckpt: %s", e)
 
-    def begin(self, state: Any, start: int) -> None:
-        """A life begins at step `start`; collective. Raises on every rank what keeps it from having snapshots; but if a
-        keeper was lost, another one is tried, and then again at the next step."""
+    def begin(self, state: Any, start: int, loaded: LoadReport | None = None) -> None:
+        """A life begins at step `start`; collective. `loaded`: the step of this run that it goes on from, and its averages
+        with it. Raises on every rank what keeps it from having snapshots; but if a keeper was lost, another one is tried,
+        and then again at the next step."""
         self._handles.clear()
-        self._began = False
+        self._began, self._loaded = False, loaded
         for left in (1, 0):
             try:
-                self._keeping.begin(state, self._account.generation, start)
+                self._keeping.begin(state, self._account.generation, start, lambda: self._origin(loaded))
                 self._began = True
                 return
             except (PeerError, DeadlineError) as e:
                 log.error("ckpt: no snapshots yet, %s: %s", "trying once more" if left else "training goes on", e)
+            finally:
+                if loaded is not None and loaded.ref.startswith(IN_MEMORY):
+                    self.done()
+
+    def _origin(self, loaded: LoadReport | None) -> tuple[Backend, str] | None:
+        """Where the averages of a step that was loaded are."""
+        if loaded is None:
+            return None
+        root, _, folder = loaded.ref.rpartition("/")
+        if loaded.ref.startswith(IN_MEMORY):
+            return self.open(self._steps[loaded.generation, loaded.step]), folder
+        return backend_for(root, direct=settings().direct), folder
+
+    @property
+    def averages(self) -> Mapping[str, AverageView]:
+        """How each average stands, as of the last step that this rank heard was whole."""
+        return self._keeping.averages.views
+
+    def average(self, state: Any, *names: str) -> dict[str, dict[str, torch.Tensor]]:
+        """{name: {leaf: tensor}} of averages as of the newest step in memory, or as this life began with; collective.
+
+        Raises on every rank what `read_average` raises on any.
+        """
+        self.wait(settings().deadline)
+        out: dict[str, dict[str, torch.Tensor]] = {}
+        payload: bytes | Exception = b""
+        step = next(iter(self._keeping.member.recall(self._group, pin=False).steps), None)
+        opened: tuple[Backend, str] | None = None
+        try:
+            for name in names:
+                p = self._keeping.averages.progress.get(name)
+                if p is None or not p.folds:
+                    raise NotFoundError(
+                        f"average {name!r}: {'nothing was folded into it yet' if p else 'there is none'}"
+                    )
+            if step is not None and step.key[0] == self._account.generation:
+                opened = self.open(step), step_folder(step.key[1], step.key[0])
+            else:
+                opened = self._origin(self._loaded)
+            if opened is None:
+                raise NotFoundError("no step of this run is in memory yet: there are no averages")
+            backend, folder = opened
+            out = {name: read_average(state, name, backend, folder, self._group.world) for name in names}
+        except Exception as e:
+            payload = e
+        finally:
+            if opened is not None:
+                opened[0].close()
+            self.done()
+        self._group.round("averages read", payload, lambda _: b"")
+        return out
 
     def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle | None:
         """Begins the snapshot of a step, if the keepers granted it; waits for nobody."""
@@ -202,12 +266,26 @@ class Kept:
                 return next((s for s in self._account.report.saves if s.step == step), self._report(outcome))
         request = Request(self._backend, step, self._account.generation, metrics, parse_codecs(self._schedule.codec))
         try:
-            done = save_state(request, state, self._group, Planner())
+            done = save_state(request, self._with_averages(state), self._group, Planner())
         except Exception as e:
             self._account.failed(step, "", e)
             raise
         self._account.committed(done)
         return done
+
+    def _with_averages(self, state: Any) -> Any:
+        """The state and its averages, as far as they are, for a save that the keepers have no part in."""
+        self.wait(settings().deadline)
+        progress = self._keeping.averages.progress
+        begun = sorted(name for name, p in progress.items() if p.folds)
+        if not begun:
+            return state
+        try:
+            found = self.average(state, *begun)
+        except CkptError as e:
+            log.error("ckpt: this step is stored without its averages: %s", e)
+            return state
+        return {**state, AVERAGES: found, "__ckpt__": {AVERAGES: encode_progress(progress)}}
 
     def wait(self, timeout: float | None) -> bool:
         """Waits until nothing is being sealed or written to storage; False if that is not so after `timeout`."""

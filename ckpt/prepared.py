@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ckpt.averaging import Averages
 from ckpt.collective import Group
 from ckpt.keeper.holding import encode_plan
 from ckpt.leading import Planning
@@ -20,7 +21,6 @@ from ckpt.plan import PLAIN
 from ckpt.roll import Called, Roll
 from ckpt.saving import Planner, Work, agree_on_plan, prepare
 from ckpt.shards import Held
-from ckpt.snapshot.arena import rounded
 from ckpt.snapshot.fence import fence_here, owned_storages
 from ckpt.source import source_of
 from ckpt.state import Leaves, walk
@@ -61,8 +61,8 @@ class Prepared:
 class Preparing:
     """One rank's side of planning; `diverged`: tensors that turned out to be no copies."""
 
-    def __init__(self, rank: int, world: int) -> None:
-        self._rank, self._world = rank, world
+    def __init__(self, rank: int, world: int, averages: Averages) -> None:
+        self._rank, self._world, self._averages = rank, world, averages
         self._planner = Planner()
         self.roll = Roll()
         self.diverged: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ class Preparing:
         self._names = [leaf.name for leaf in found]
         if group.rank == 0:
             assert planning.made is not None
-            self.encoded = encode_plan(planning.made, planning.aliases)
+            self.encoded = encode_plan(*self._averages.plan(planning.made, planning.aliases))
             if told["per_rank"]:
                 log.warning(
                     "ckpt: stored per rank, since the ranks hold different values: %s (declare ckpt.PerRank to say so)",
@@ -96,7 +96,7 @@ class Preparing:
     @property
     def slot_size(self) -> int:
         """Bytes of a slot for this rank's part."""
-        return rounded(self._work.layout.size)
+        return self._averages.slot_size(self._work)
 
     def prepare(self, state: Any, called: Called) -> Prepared:
         """What was agreed on, over the tensors of now; puts the fence before their optimizers."""
@@ -118,7 +118,7 @@ class Preparing:
                     hashed.append((name, leaf.held, waits))
         return Prepared(
             work=work,
-            key=work.key,
+            key=self._averages.key(work.key),
             sources=[source_of(view, box) for view, (_, _, box) in zip(views, work.places, strict=True)],
             lazy=[view.untyped_storage().data_ptr() in owned for view in views],
             hashed=hashed,

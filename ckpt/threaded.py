@@ -15,6 +15,7 @@ from ckpt.collective import Group
 from ckpt.commit import step_folder
 from ckpt.config import Every
 from ckpt.format.codec import Codec
+from ckpt.loading import LoadReport
 from ckpt.saving import Planner, Request, SaveReport
 from ckpt.tiers import Tiers
 from ckpt.trickle import Trickle
@@ -46,7 +47,7 @@ class Threaded:
         self._tiers = tiers
         self._trickle = Trickle(tiers, account.keep, account.arrived, account.detained) if tiers else None
 
-    def begin(self, state: Any, start: int) -> None:
+    def begin(self, state: Any, start: int, loaded: LoadReport | None = None) -> None:
         """A life begins. What an earlier one left to be brought to the remote is brought there."""
         self._handle = None
         if self._trickle is not None:

@@ -99,15 +99,17 @@ class Member:
         self._reach = {host: (str(a), int(p)) for host, (a, p) in {**known, **hosts}.items()}
         self._tell_peers()
 
-    def recall(self, group: Group) -> Recalled:
-        """Collective: what steps can be had from the memory of all hosts that can be reached."""
+    def recall(self, group: Group, *, pin: bool) -> Recalled:
+        """Collective: what steps can be had from the memory of all hosts that can be reached. With `pin` nothing of them is
+        overwritten until the next life begins."""
+        kind = "pin" if pin else "inventory"
         first = min(int(rank) for rank, host in self.ranks.items() if host == self._host)
 
         def mine() -> Frame | None:
-            return self.link.ask("pin", timeout=self.deadline) if first == self._rank else None
+            return self.link.ask(kind, timeout=self.deadline) if first == self._rank else None
 
         def ask(host: str, patience: float) -> Frame:
-            return self._ask_host(host, patience, "pin")
+            return self._ask_host(host, patience, kind)
 
         return recall(group, mine, self._reach.keys() - set(self.ranks.values()), ask)
 

@@ -90,7 +90,7 @@ class Writing(torch.optim.Optimizer):
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], salt: int) -> None:
         super().__init__([p for _, p in named], {"lr": 1.0})
-        self.named, self.salt, self.next = list(named), salt, 0
+        self.named, self.salt, self.next, self.poisoned = list(named), salt, 0, -1
         for _, p in named:
             self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
@@ -103,6 +103,8 @@ class Writing(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for name, tensor in self.parts():
             tensor.view(-1).copy_(content(self.next, name, tensor.numel(), self.salt))
+            if name == "small" and self.next == self.poisoned:
+                tensor.view(-1)[3] = torch.nan
 
 
 class Net(nn.Module):
@@ -186,13 +188,28 @@ class Job:
 
     # Told by a scene.
 
-    def open(self, memory: int = 1, storage: int | None = 4, **more: Any) -> None:
+    def open(self, memory: int = 1, storage: int | None = 4, averages: Any = None, **more: Any) -> None:
         every = None if storage is None else ckpt.Every(storage)
         if self.redundancy is not None:
             more["redundancy"] = self.redundancy
         self.cp = ckpt.Checkpointer(
-            self.run, self.state, memory=ckpt.Every(memory), storage=every, on_event=self.events.append, **more
-        )
+            self.run, self.state, memory=ckpt.Every(memory), storage=every, on_event=self.events.append,
+            averages=averages, **more
+        )  # fmt: skip
+
+    def average(self, name: str) -> dict[str, Any]:
+        """An average as numpy arrays, flat."""
+        assert self.cp is not None
+        return {leaf: value.numpy().reshape(-1) for leaf, value in self.cp.average(name).items()}
+
+    def views(self) -> dict[str, tuple[int, int, int]]:
+        """Of each average: folds, refused, last step."""
+        assert self.cp is not None
+        return {name: (v.folds, v.refused, v.step) for name, v in self.cp.averages.items()}
+
+    def poison(self, step: int) -> None:
+        """What is written into the small parameter at that step is no number."""
+        self.optimizer.poisoned = step
 
     def restore(self, salt: int | None = None) -> tuple[int, str]:
         """(the step to go on with, where the state came from); the state is that step's. `salt`: of what follows."""
