@@ -125,6 +125,11 @@ class Held:
         """Bytes of the packs of this host."""
         return sum(p.report.size for w, p in self.parts.items() if w in self.memory and p.report is not None)
 
+    @property
+    def packs(self) -> list[tuple[int, int, int]]:
+        """(writer, bytes, where it begins in the memory of its rank) of all packs that there are."""
+        return [(w, p.report.size, self.start(w)) for w, p in sorted(self.parts.items()) if p.report is not None]
+
     def start(self, writer: int) -> int:
         """Where the pack of a writer begins in its memory."""
         if not self.parts[writer].averages:

@@ -141,12 +141,12 @@ class Member:
             f"{folder}/commit.json": answer.payload[:cut],
             f"{folder}/{ATTEMPT}/manifest.safetensors": answer.payload[cut:],
         }
-        sizes = {int(rank): int(size) for rank, size in answer["sizes"]}
-        ranks = [int(rank) for rank in answer.head.get("here", ())]
-        here: dict[int, Pack] = {r: LocalPack(fd, sizes[r]) for r, fd in zip(ranks, answer.fds, strict=True)}
+        extents = {int(writer): (int(size), int(start)) for writer, size, start in answer["packs"]}
+        writers = [int(writer) for writer in answer.head.get("here", ())]
+        here: dict[int, Pack] = {w: LocalPack(fd, *extents[w]) for w, fd in zip(writers, answer.fds, strict=True)}
         secret = bytes.fromhex(self._peers["secret"])
-        packs, stripes = packs_of(step, sizes, here, self._reach, self._host, secret)
-        found = {_pack_path(folder, rank): pack for rank, pack in packs.items()}
+        packs, stripes = packs_of(step, extents, here, self._reach, self._host, secret)
+        found = {_pack_path(folder, writer): pack for writer, pack in packs.items()}
         return SnapshotBackend(f"memory of {socket.gethostname()}", objects, found, stripes)
 
     def _told_by_others(self, step: Step) -> Frame:

@@ -38,15 +38,15 @@ class _Pieces:
 
 def packs_of(
     step: Step,
-    sizes: Mapping[int, int],
+    extents: Mapping[int, tuple[int, int]],
     here: Mapping[int, Pack],
     reach: Mapping[str, Address],
     host: str,
     secret: bytes,
 ) -> tuple[dict[int, Pack], list[Stripes]]:
-    """(packs by rank, stripes that some of them are decoded from, to be closed with them).
+    """(packs by writer, stripes that some of them are decoded from, to be closed with them).
 
-    `sizes` of all packs by rank; `here`: those on this host, which people call `host`; `reach`: keepers by their host.
+    `extents` of all packs by writer: bytes, where it begins in its rank's memory; `here`: those on this host, which people call `host`; `reach`: keepers by their host.
     Raises NotFoundError if one cannot be had.
     """
     placement = step.layout.placement
@@ -68,16 +68,18 @@ def packs_of(
             stripes[number] = Stripes(placement.groups[number], shares)
         return stripes[number]
 
-    for rank, size in sizes.items():
-        name, base, _ = step.layout.ranks[rank]
-        direct = here.get(rank)
+    for writer, (size, start) in extents.items():
+        name, base, _ = step.layout.ranks[writer % len(step.layout.ranks)]
+        direct = here.get(writer)
         if direct is None and name in step.parts and name in address:
-            direct = RemotePack((*step.key, rank), size, address[name], secret, PATIENCE)
+            direct = RemotePack((*step.key, writer), size, address[name], secret, PATIENCE)
         number = placement.group_of(name)
         if placement.groups[number].parity:
-            packs[rank] = SharedPack(size, name, base, stripes_of(number), direct)
+            packs[writer] = SharedPack(size, name, base + start, stripes_of(number), direct)
         elif direct is not None:
-            packs[rank] = direct
+            packs[writer] = direct
         else:
-            raise NotFoundError(f"rank {rank} of step {step.key[1]} was on {name}, which is gone, and is not protected")
+            raise NotFoundError(
+                f"pack {writer} of step {step.key[1]} was on {name}, which is gone, and is not protected"
+            )
     return packs, list(stripes.values())

@@ -263,10 +263,9 @@ class Keeper:
         self.uplink.tell(frame("reading", rank=peer.rank, slot=held.slot))
         here = [r for r in sorted(held.memory) if held.parts[r].report is not None]
         commit, manifest = as_checkpoint(held)
-        sizes = [[r, part.report.size] for r, part in sorted(held.parts.items()) if part.report is not None]
         return frame(
             "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
-            cut=len(commit), sizes=sizes, here=here,
+            cut=len(commit), packs=held.packs, here=here,
         )  # fmt: skip
 
     def _on_done(self, peer: Peer, message: Frame) -> None:

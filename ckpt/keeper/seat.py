@@ -236,7 +236,7 @@ class Seat:
             if why:
                 wait: list[Decision] = [w for w in decisions if isinstance(w, (Complete, Persist)) and w.key == d.key]
                 self._mixed = d.key, wait
-                self.order(frame("refuse", step=d.key[1], why=why))
+                self.order(frame("refuse", step=d.key[1], why=why), None)
                 return [w for w in decisions if w not in wait]
         return decisions
 

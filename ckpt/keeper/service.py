@@ -2,7 +2,7 @@
 
     inventory   all that it holds, as `ckpt.keeper.wire.decode_holding` reads it; changes nothing
     pin         the same, and from then on nothing of it is overwritten or let go of, until the next life begins
-    describe    {key}: the commit and the manifest of a step, and the sizes of its packs by rank
+    describe    {key}: the commit and the manifest of a step, and its packs, as `Held.packs`
     piece       {key, what, offset, length}: bytes of this host's "segment" of a step, or of the "parity" that it keeps of it
 
 to trainers only: protected {generation}, answered when it is known whether this host can protect the steps of that life;
@@ -94,8 +94,7 @@ class Service:
         if held is None:
             raise NotFoundError(f"step {message['key'][1]} is no longer in the memory of {self._shield.host}")
         commit, manifest = as_checkpoint(held)
-        sizes = [[r, part.report.size] for r, part in sorted(held.parts.items()) if part.report is not None]
-        return frame("answer", commit + manifest, folder=held.folder, cut=len(commit), sizes=sizes)
+        return frame("answer", commit + manifest, folder=held.folder, cut=len(commit), packs=held.packs)
 
     def _piece(self, peer: Peer, message: Frame) -> Frame:
         """Checked. Raises NotFoundError if it is there no more, IntegrityError if it is not what was protected."""

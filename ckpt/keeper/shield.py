@@ -27,13 +27,13 @@ from ckpt import faults
 from ckpt.config import Settings
 from ckpt.errors import CapacityError, CkptError, IntegrityError, to_wire
 from ckpt.keeper.areas import Areas
-from ckpt.keeper.receiver import Receiver
 from ckpt.keeper.groups import Group, Placement
 from ckpt.keeper.guard import Mark, Start, Ward
 from ckpt.keeper.holding import Held
 from ckpt.keeper.lead import Key
 from ckpt.keeper.loop import Loop
 from ckpt.keeper.protocol import Frame, frame
+from ckpt.keeper.receiver import Receiver
 from ckpt.keeper.segment import Segment
 from ckpt.keeper.streams import Courier, Errand, Throttle
 from ckpt.keeper.wire import Holding, Layout, decode_layout, encode_holding

@@ -5,15 +5,12 @@ What tensors hold is a function of the step (`keepers.content`), so every restor
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 from forks import Fresh
-from hosts import Cluster, flip
-from keepers import check_stored, scene, seen, together, until
+from hosts import Cluster
+from keepers import check_stored, scene, seen
 
 import ckpt
 from examples.hosts import Hosts
