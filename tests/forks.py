@@ -21,7 +21,9 @@ def _call(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...])
 def forks() -> Fresh:
     """`forks()(function, *args)`: its result, from a new process that may fork in turn."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "ckpt.checkpointer", "ckpt.checkpoint"])
+    context.set_forkserver_preload(
+        ["torch.distributed.tensor", "torch._dynamo", "ckpt.checkpointer", "ckpt.checkpoint"]
+    )
 
     def run(function: Callable[..., Any], *args: Any, limit: float = 240.0) -> Any:
         mine, theirs = context.Pipe(duplex=False)

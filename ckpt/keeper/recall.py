@@ -114,7 +114,7 @@ def _decide(letters: Sequence[bytes]) -> bytes:
     hosts = {h.inventory.host: h.host for h in holdings}
     layouts = {key: layout for h in holdings for key, layout in h.layouts.items()}
     choice = choose([h.inventory for h in holdings])
-    if choice.missed and any(waits for waits, _ in told):
+    if choice.missed and not choice.steps and any(waits for waits, _ in told):
         return b"null"
     steps = [
         {

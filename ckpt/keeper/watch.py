@@ -33,7 +33,7 @@ __all__ = ["Near", "Protected", "Watch", "fence_others"]
 log = logging.getLogger("ckpt.keeper")
 _AGAIN = 0.05  # seconds until an attempt that failed begins anew; twice that with each that fails, up to _LONGEST
 _LONGEST = 5.0
-_OTHERS = 2.0  # seconds in which the keepers of hosts that are in no life any more have to answer
+_OTHERS = 0.5  # seconds in which the keepers of hosts that are in no life any more have to answer
 _BEGINNING = "the life that begins"
 
 Near = Mapping[str, tuple[str, int]]
