@@ -26,7 +26,7 @@ from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
 from ckpt.merge.average import Rule
 from ckpt.outcomes import Outcome, Storing
-from ckpt.prepared import Prepared, Preparing
+from ckpt.prepared import Prepared, Preparing, copy_of
 from ckpt.protecting import Slots, agree_on_slots, ask_protection
 from ckpt.roll import Called
 from ckpt.saving import content_digest
@@ -144,7 +144,7 @@ class Keeping:
                 dropped = list(self._grants)
                 self._grants.clear()
                 self._wanted_epoch = int(message["epoch"])
-                self._plans.diverged |= frozenset(message["diverged"])
+                self._plans.diverged |= {name.partition(" at ")[0] for name in message["diverged"]}
             for step in dropped:
                 self._miss(step, "the ranks agree on a new plan")
         elif message.kind == "rejoin":
@@ -316,13 +316,13 @@ class Keeping:
             return "the leaves of the state changed"
         prepared.refresh(called)
         begin_copies()
-        copies = {name: content_digest(held) for name, held, waits in prepared.hashed if not waits}
+        copies = {copy_of(name, held): content_digest(held) for name, held, waits in prepared.hashed if not waits}
         later = [(name, held) for name, held, waits in prepared.hashed if waits]
 
         def before_changes() -> None:
             if called.confirm is not None and not called.confirm():
                 raise UsageError("tensors of an optimizer were replaced since the last step")
-            copies.update((name, content_digest(held)) for name, held in later)
+            copies.update((copy_of(name, held), content_digest(held)) for name, held in later)
 
         config = settings()
         snapshot = Snapshot(

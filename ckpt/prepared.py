@@ -26,9 +26,15 @@ from ckpt.source import source_of
 from ckpt.state import Leaves, walk
 from ckpt.write import Source
 
-__all__ = ["Prepared", "Preparing"]
+__all__ = ["Prepared", "Preparing", "copy_of"]
 
 log = logging.getLogger("ckpt")
+
+
+def copy_of(name: str, held: Held) -> str:
+    """Under which name the keepers compare this rank's copy of a tensor with those of others: a shard only with the same
+    shard on another mesh."""
+    return name if held.kind == PLAIN else f"{name} at {' '.join(str(box) for box, _ in held.pieces)}"
 
 
 @dataclass
