@@ -261,8 +261,7 @@ class Checkpointer:
         """Opens a generation that comes from the step folder `parent`."""
 
         def decide(_: list[bytes]) -> bytes:
-            run = self._backend if self._tiers is None else self._tiers.nearest
-            known = generations_in_use(list_run(run, commits=False))
+            known = generations_in_use(list_run(self._backend, commits=False))
             return str(open_generation(self._backend, parent, self._group.world, known)).encode()
 
         self._account.generation = int(self._group.round("generation", b"", decide))

@@ -54,19 +54,21 @@ class Local:
 class Nearest:
     """A run on two tiers, to read from: the local copy of what is committed there, else the remote one.
 
-    `listed`: whether steps that are only in the local tier are shown.
+    `listed`: step folders of the local tier that are shown though the remote may not have them.
     """
 
-    def __init__(self, local: Backend, remote: Backend, listed: bool) -> None:
-        self.local, self.remote, self.listed = local, remote, listed
+    def __init__(self, local: Backend, remote: Backend) -> None:
+        self.local, self.remote = local, remote
+        self.listed: frozenset[str] = frozenset()
         self.root = remote.root
         self._whole: dict[str, bool] = {}
         self._absent: set[str] = set()
 
     def _here(self, path: str) -> bool:
-        """Whether the local tier is asked for an object: only below a step that is committed there."""
+        """Whether the local tier is asked for an object: only below a step that is committed there, and
+        only for packs and manifest if that step is not whole without the remote."""
         folder, below, _ = path.partition("/")
-        if not below or path in self._absent:
+        if not below or path in self._absent or (path == f"{folder}/commit.json" and folder not in self.listed):
             return False
         if folder not in self._whole:
             try:
@@ -108,10 +110,10 @@ class Nearest:
 
     def list(self, prefix: str) -> list[Entry]:
         found = {e.name: e for e in self.remote.list(prefix)}
-        if self.listed:
-            self._whole.clear()
+        self._whole.clear()
+        if not prefix and self.listed:
             with suppress(StorageError):
-                found |= {e.name: e for e in self.local.list(prefix) if prefix or e.folder}
+                found |= {e.name: e for e in self.local.list("") if e.name in self.listed}
         return [found[name] for name in sorted(found)]
 
     def create(self, path: str, data: bytes) -> None:
@@ -162,7 +164,7 @@ class Tiers:
         self.leads = folders.index(folders[group.rank]) == group.rank
         """Whether this rank does what is done once a folder."""
         self._leaders = {folders.index(f) for f in set(folders)}
-        self.nearest = Nearest(self.local, remote, self.alone)
+        self.nearest = Nearest(self.local, remote)
 
     def begin(self, folder: str, due: bool) -> None:
         """Before a save of a step, on the rank that will commit it."""
@@ -194,32 +196,41 @@ class Tiers:
                 self.local.create(name, bytes.fromhex(content))
 
     def settle(self) -> None:
-        """Before a restore; collective. Where hosts have folders of their own, what one needs of another's goes by way of
-        the remote: the newest step that they hold together, if the remote does not have it, is brought there first."""
-        if self.alone:
-            return
+        """Before a restore; collective. Finds out which steps of the local tier can be read from there.
+
+        Where hosts have folders of their own, what one needs of another's goes by way of the remote: the newest step that
+        they hold together, if the remote does not have it, is brought there first. What is not whole is brought nowhere.
+        """
         mine: bytes | Exception
         try:
-            mine = json.dumps(self._holdings() if self.leads else {}).encode()
+            mine = json.dumps(self._holdings() if self.leads else None).encode()
         except Exception as e:
             mine = e
 
         def decide(letters: list[bytes]) -> bytes:
-            packs: dict[str, set[str]] = {}
-            needed: dict[str, set[str]] = {}
-            for letter in letters:
-                for folder, (have, need) in json.loads(letter).items():
-                    packs.setdefault(folder, set()).update(have)
-                    needed[folder] = set(need)
-            there = {s.folder: (s.generation, s.step) for s in list_run(self.remote).committed}
-            newest = max(there.values(), default=(-1, -1))
-            whole = [(_key(f), f) for f in packs if packs[f] >= needed[f] and _key(f) > newest]
-            return max(whole, default=((), ""))[1].encode()
+            told = [holdings for holdings in map(json.loads, letters) if holdings is not None]
+            needed = {folder: set(need) for holdings in told for folder, (_, need) in holdings.items()}
+            packs = {f: [set(h[f][0]) if f in h else set() for h in told] for f in needed}
+            here = sorted(f for f in needed if all(have >= needed[f] for have in packs[f]))
+            whole = [f for f in needed if set().union(*packs[f]) >= needed[f]]
+            newest = max(((s.generation, s.step) for s in list_run(self.remote).committed), default=(-1, -1))
+            first = max((f for f in whole if _key(f) > newest), key=_key, default="")
+            return json.dumps([here, first, sorted(set(needed) - set(whole))]).encode()
 
-        folder = self._group.round("local tiers", mine, decide).decode()
-        if not folder:
-            return
-        log.warning("ckpt: %s is on the disks of the hosts only; it is brought to %s first", folder, self.remote.root)
+        here, first, torn = json.loads(self._group.round("local tiers", mine, decide))
+        if torn and self._group.rank == 0:
+            log.error(
+                "ckpt: of %s packs are missing on the disks of the hosts that are here; it is not used", ", ".join(torn)
+            )
+        if self.leads:
+            for folder in torn:
+                self.local.delete(f"{folder}/{DUE}")
+        if first and first not in here:
+            log.warning("ckpt: %s is on the disks of several hosts only; bringing it to %s", first, self.remote.root)
+            self._bring_now(first)
+        self.nearest.listed = frozenset(here)
+
+    def _bring_now(self, folder: str) -> None:
         payload: bytes | Exception = b""
         try:
             if self.leads and exists(self.local, folder):

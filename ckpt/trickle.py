@@ -16,7 +16,15 @@ from contextlib import suppress
 
 from ckpt.catalog import Step, delete_tree, leftovers, list_run
 from ckpt.config import settings
-from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, StorageError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    DeadlineError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+)
 from ckpt.offline.copy import copy_step
 from ckpt.retention import Policy, kept
 from ckpt.tiers import DUE, Tiers, exists_at
@@ -52,6 +60,7 @@ class Trickle:
         self._asked = self._busy = self._over = False
         self._waiting = 0.0  # seconds until the next look at whether other hosts are done
         self._thread: threading.Thread | None = None
+        self._since: dict[str, float] = {}  # when a step began to wait for other hosts
         self._ill = ""  # what was said of the failures under way
 
     def wake(self) -> None:
@@ -123,13 +132,14 @@ class Trickle:
                 self._say(step, e)
                 again, self._waiting = self._again, 0.0
                 break  # the others would fare no better
-            except (IntegrityError, FormatError, ConflictError) as e:  # never to be had
+            except (IntegrityError, FormatError, ConflictError, NotFoundError) as e:  # never to be had
                 self._failed(step, e)
                 log.error("ckpt: %s stays on the local disk: %s", step.folder, e)
                 self._settled(step)
                 continue
-            if not done:
+            if not done and self._patient(step):
                 again = self._waiting = min(self._again, max(_OTHERS, 2 * self._waiting))
+            if not done:
                 continue
             if self._ill:
                 log.warning("ckpt: %s can be reached again; steps go there as before", self._tiers.remote.root)
@@ -144,6 +154,17 @@ class Trickle:
         return copy_step(
             self._tiers.local, self._tiers.behind, step.folder, self._look_up, elsewhere=not self._tiers.alone
         )
+
+    def _patient(self, step: Step) -> bool:
+        """Whether to go on waiting for the packs of other hosts; if not, the step is given up."""
+        since = self._since.setdefault(step.folder, time.monotonic())
+        if time.monotonic() - since < 2 * settings().deadline:
+            return True
+        e = DeadlineError(f"{step.folder}: the other hosts did not bring their packs to {self._tiers.remote.root}")
+        self._failed(step, e)
+        log.error("ckpt: %s; it stays on the local disks", e)
+        self._settled(step)
+        return False
 
     def _look_up(self, _: int) -> None:
         if self._over:
@@ -160,6 +181,7 @@ class Trickle:
         return kept(type(there)(there.run, there.generations, tuple(steps)), self._keep).get(step.folder, True)
 
     def _settled(self, step: Step) -> None:
+        self._since.pop(step.folder, None)
         self._tiers.local.delete(f"{step.folder}/{DUE}")
 
     def _say(self, step: Step, e: Exception) -> None:
