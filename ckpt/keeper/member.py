@@ -21,7 +21,7 @@ from ckpt.keeper.recall import Recalled, Step, recall
 from ckpt.keeper.source import Line, LocalPack, Pack, SnapshotBackend
 from ckpt.snapshot.arena import Slot
 
-__all__ = ["Member"]
+__all__ = ["Member", "own_address"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
@@ -123,7 +123,7 @@ class Member:
             line.close()
 
     def _listen(self, port: int) -> tuple[str, int]:
-        address = _own_address(settings().bind)
+        address = own_address(settings().bind)
         answer = self.link.ask("listen", timeout=self.deadline, address=address, port=port)
         self._address = address, int(answer["port"])
         return self._address
@@ -168,7 +168,7 @@ def _pack_path(folder: str, rank: int) -> str:
     return f"{folder}/{ATTEMPT}/rank-{rank:05d}.safetensors"
 
 
-def _own_address(bind: str) -> str:
+def own_address(bind: str) -> str:
     """The address at which other hosts reach this one: as told, else of the interface that leads to the rendezvous."""
     rendezvous = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if bind:
