@@ -99,6 +99,7 @@ def load(
     allow_unexpected: Sequence[str] = (),
     cast: bool = False,
     allow_pickle: bool = False,
+    exchange: bool = False,
 ) -> LoadReport:
     """Loads a checkpoint into a state, in place, whatever the parallelism it was saved from.
 
@@ -110,7 +111,7 @@ def load(
     another shape or dtype, before any tensor is touched; IntegrityError or FormatError for damaged bytes, after
     which the state's content is undefined; UnsafeError for pickled content.
     """
-    options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
+    options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle, exchange)
     return load_ref(state, ref, options, current_group())
 
 
@@ -227,6 +228,7 @@ class Checkpointer:
         allow_unexpected: Sequence[str] = (),
         cast: bool = False,
         allow_pickle: bool = False,
+        exchange: bool = False,
     ) -> int:
         """Loads the newest step of the run, or what `ref` names, and opens a new generation.
 
@@ -235,7 +237,7 @@ class Checkpointer:
         damaged step is skipped, loudly, for the next older one; with `ref` it is an error. The other arguments are
         those of `ckpt.load`.
         """
-        options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle)
+        options = LoadOptions(only, rename or {}, allow_missing, allow_unexpected, cast, allow_pickle, exchange)
         self._refuse_swapped("restore")
         self.wait(settings().deadline)
         if ref is None:

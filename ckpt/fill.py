@@ -19,7 +19,7 @@ from ckpt.read import Target, read_targets
 from ckpt.shards import dtype_name
 from ckpt.stored import ReadStats
 
-__all__ = ["Fill", "fill"]
+__all__ = ["Fill", "fill", "planned"]
 
 _STAGE = 64 << 20
 
@@ -39,15 +39,8 @@ def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fil
     Raises what `read_targets` does.
     """
     threads = settings().readers or _threads(world)
-    direct: list[Target] = []
-    staged: list[Fill] = []
-    for item in wanted:
-        view = item.view
-        as_it_is = dtype_name(view.dtype) == manifest.tensors[item.tensor].dtype
-        if as_it_is and view.device.type == "cpu" and not view.is_conj() and not view.is_neg():
-            direct.append(Target(item.tensor, item.box, _as_numpy(view)))
-        else:
-            staged.append(item)
+    direct = [Target(w.tensor, w.box, _as_numpy(w.view)) for w in wanted if _in_place(manifest, w)]
+    staged = [w for w in wanted if not _in_place(manifest, w)]
     stats = read_targets(backend, folder, manifest, direct, threads=threads)
     for batch in _batches(staged):
         fresh = [torch.empty(b.shape, dtype=getattr(torch, manifest.tensors[t].dtype)) for t, b, _ in batch]
@@ -57,6 +50,22 @@ def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fil
         for item, new in zip(batch, fresh, strict=True):
             item.view.copy_(new)
     return stats
+
+
+def planned(manifest: Manifest, wanted: Sequence[Fill]) -> list[Target]:
+    """The targets of `fill`, to plan with: of what cannot be read in place the memory is never touched."""
+    return [
+        Target(w.tensor, w.box, _as_numpy(w.view))
+        if _in_place(manifest, w)
+        else Target(w.tensor, w.box, np.empty(w.box.shape, dtype(manifest.tensors[w.tensor].dtype).numpy))
+        for w in wanted
+    ]
+
+
+def _in_place(manifest: Manifest, item: Fill) -> bool:
+    view = item.view
+    as_it_is = dtype_name(view.dtype) == manifest.tensors[item.tensor].dtype
+    return as_it_is and view.device.type == "cpu" and not view.is_conj() and not view.is_neg()
 
 
 def _threads(world: int) -> int:

@@ -22,7 +22,9 @@ from ckpt.collective import Group
 from ckpt.commit import exists, read_commit, read_manifest
 from ckpt.config import undisturbed
 from ckpt.errors import FormatError, IntegrityError, MismatchError, NotFoundError
+from ckpt.exchange import fill_together
 from ckpt.fill import Fill, fill
+from ckpt.format.manifest import Manifest
 from ckpt.merge.load import fill_blend
 from ckpt.merge.recipe import Recipe
 from ckpt.merge.stream import Blend
@@ -82,6 +84,10 @@ def _gone(backend: Backend, folder: str, group: Group) -> bool:
     return group.round("gone", b"", lambda _: b"" if exists(backend, folder) else b"gone") == b"gone"
 
 
+def _fill_alone(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], group: Group) -> ReadStats:
+    return fill(backend, folder, manifest, wanted, group.world)
+
+
 class _Stored:
     """One committed step as what a load reads from; `ckpt.merge.stream.Blend` is the other."""
 
@@ -134,7 +140,8 @@ def _load(
         if isinstance(source, Blend) and found is not None:
             stats = fill_blend(source, found, wanted, group.world)
         elif isinstance(source, _Stored):
-            stats = fill(source.backend, source.commit.folder, plan.manifest, wanted, group.world)
+            share = fill_together if options.exchange and group.world > 1 else _fill_alone
+            stats = share(source.backend, source.commit.folder, plan.manifest, wanted, group)
         for action in plan.finish:
             action()
         source.close()  # an open file would keep a pack that retention deletes

@@ -35,6 +35,7 @@ class LoadOptions:
     allow_unexpected names or globs of stored leaves that the state need not have
     cast             convert tensors whose dtype differs (else that is an error)
     allow_pickle     read objects that were stored with pickle
+    exchange         read each byte that is needed once a job, not once a rank; the ranks pass on what others need, too
     """
 
     only: Sequence[str] | None = None
@@ -43,6 +44,7 @@ class LoadOptions:
     allow_unexpected: Sequence[str] = ()
     cast: bool = False
     allow_pickle: bool = False
+    exchange: bool = False
 
     def wants(self, name: str) -> bool:
         return self.only is None or matches(name, self.only)

@@ -13,7 +13,18 @@ from typing import Protocol, runtime_checkable
 
 from ckpt.errors import UsageError
 
-__all__ = ["TEMPORARY", "Backend", "Buffer", "Entry", "KeepsUploads", "Redundant", "Unfinished", "Upload", "check_path"]
+__all__ = [
+    "TEMPORARY",
+    "Backend",
+    "Buffer",
+    "Entry",
+    "KeepsUploads",
+    "ReadsAhead",
+    "Redundant",
+    "Unfinished",
+    "Upload",
+    "check_path",
+]
 
 TEMPORARY = ".ckpt-tmp-"
 """How the names of files begin that a backend makes on the way to another; what a crash leaves of them is litter."""
@@ -84,6 +95,15 @@ class Redundant(Protocol):
     def otherwise(self, path: str, offset: int, into: Buffer) -> Iterator[str]:
         """Fills the buffer again, by one way after the other, for as long as the caller finds that what came is not what
         was written. Each time says which way, as "decoded without host h1"."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """What a backend serves besides, if its `read` asks a store for more than it is asked for."""
+
+    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+        """As `read`, as one request for just that."""
         ...
 
 

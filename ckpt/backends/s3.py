@@ -128,9 +128,15 @@ class S3Backend:
         n = sum(len(b) for b in into)
         got = self._ahead.read(path, offset, into)
         if got < n:
-            raise IntegrityError(
-                f"{self.root}/{path}: ends at byte {offset + got}, before its checkpoint says; it was cut short"
-            )
+            raise self._short(path, offset + got)
+
+    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+        got = self._client.read(self._bucket, self._key(path), offset, into)
+        if got < len(into):
+            raise self._short(path, offset + got)
+
+    def _short(self, path: str, end: int) -> IntegrityError:
+        return IntegrityError(f"{self.root}/{path}: ends at byte {end}, before its checkpoint says; it was cut short")
 
     def fetch(self, path: str, limit: int) -> bytes:
         data = self._client.fetch(self._bucket, self._key(path), limit)
