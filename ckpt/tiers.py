@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ckpt.backends import Backend, Entry, LocalBackend, Upload
-from ckpt.backends.base import Buffer
+from ckpt.backends.base import Buffer, ReadsAhead
 from ckpt.catalog import list_run
 from ckpt.collective import Group, decode, encode
 from ckpt.commit import exists, read_commit, read_manifest, sealed, unseal
@@ -85,6 +85,12 @@ class Nearest:
             except (NotFoundError, StorageError) as e:
                 self._pass(path, e)
         self.remote.read(path, offset, into)
+
+    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+        if self._here(path) or not isinstance(self.remote, ReadsAhead):
+            self.read(path, offset, [into])
+        else:
+            self.remote.read_just(path, offset, into)
 
     def fetch(self, path: str, limit: int) -> bytes:
         if self._here(path):

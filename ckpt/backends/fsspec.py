@@ -178,9 +178,15 @@ class FsspecBackend:
         n = sum(len(b) for b in into)
         got = self._ahead.read(path, offset, into)
         if got < n:
-            raise IntegrityError(
-                f"{self.root}/{path}: ends at byte {offset + got}, before its checkpoint says; it was cut short"
-            )
+            raise self._short(path, offset + got)
+
+    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+        got = self._get(check_path(path), offset, into)
+        if got < len(into):
+            raise self._short(path, offset + got)
+
+    def _short(self, path: str, end: int) -> IntegrityError:
+        return IntegrityError(f"{self.root}/{path}: ends at byte {end}, before its checkpoint says; it was cut short")
 
     def fetch(self, path: str, limit: int) -> bytes:
         if self.size(path) > limit:

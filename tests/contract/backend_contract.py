@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ckpt.backends import Backend, Upload
+from ckpt.backends.base import ReadsAhead
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, UsageError
 
 PAGE = 4096
@@ -255,6 +256,20 @@ class BackendContract:
         store(backend, "a", b"abc")
         with pytest.raises(IntegrityError, match="ends at"):
             read(backend, "a", offset, *sizes)
+
+    def test_a_read_of_just_that(self, backend: Backend) -> None:
+        if not isinstance(backend, ReadsAhead):
+            return
+        data = noise(100_000)
+        backend.create("a/b", data)
+        for offset, n in [(0, 1), (17, 70_000), (99_999, 1)]:
+            into = bytearray(n)
+            backend.read_just("a/b", offset, memoryview(into))
+            assert into == data[offset : offset + n]
+        with pytest.raises(IntegrityError):
+            backend.read_just("a/b", 99_999, memoryview(bytearray(2)))
+        with pytest.raises(NotFoundError):
+            backend.read_just("a/c", 0, memoryview(bytearray(2)))
 
     def test_reads_from_many_threads(self, backend: Backend) -> None:
         data = [noise(30_000, i) for i in range(self.many)]

@@ -47,6 +47,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.rules: list[Rule] = []
         self.seen: list[str] = []
+        self.fetched = 0  # bytes of what was read of objects
         self.dropped: set[str] = set()  # names of headers, in small letters, that do not reach the server
         self.lock = threading.Lock()
 
@@ -101,6 +102,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             upstream.close()
         if rule and fault == "held":
             rule.until.wait(60)
+        if self.command == "GET" and answer.status in (200, 206):
+            with self.server.lock:
+                self.server.fetched += len(data)
         if fault == "lost":
             self.close_connection = True
             return
