@@ -13,8 +13,12 @@ from urllib.parse import urlsplit
 
 ANSWERS = {
     "busy": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "skewed": b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>",
     "expired": b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
 }
+
+
+STATUS = {"busy": 503, "skewed": 403, "expired": 400}
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Rule:
     reset  it is not done, and the connection closed
     torn   it is done, and half of the answer's body comes back
     held   it is done; the answer waits for `until`
-    expired  it is not done: 400 ExpiredToken
+    expired  it is not done: 400 ExpiredToken; skewed: 403 RequestTimeTooSkewed
     """
 
     what: str
@@ -83,8 +87,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "reset":
             self.close_connection = True
             return
-        if fault in ("busy", "expired"):
-            self._answer(503 if fault == "busy" else 400, [("Content-Type", "application/xml")], ANSWERS[fault])
+        if fault in ANSWERS:
+            self._answer(STATUS[fault], [("Content-Type", "application/xml")], ANSWERS[fault])
             return
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:

@@ -144,6 +144,20 @@ class Radosgw:
         process.kill()
         process.wait()
 
+    def kill(self) -> None:
+        """SIGKILL of the whole cluster: the gateway, the store and the monitor."""
+        for process in self._running.values():
+            process.kill()
+        for process in self._running.values():
+            process.wait()
+        self._running.clear()
+
+    def begin(self) -> None:
+        """Starts the whole cluster on the data that it has, and waits until it answers; some 15 s after a crash."""
+        self._begin("mon", "ceph-mon", "-i", "a")
+        self._begin("osd", "ceph-osd", "-i", "0")
+        self.begin_gateway()
+
     def close(self) -> None:
         for process in reversed(self._running.values()):
             with suppress(ProcessLookupError):
