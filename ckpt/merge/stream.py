@@ -6,7 +6,10 @@ is divided: see `ckpt.merge.arithmetic`.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import numpy as np
@@ -31,6 +34,7 @@ from ckpt.stored import ReadStats
 __all__ = ["Blend"]
 
 _AHEAD = 64 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
+_SHARE = 1 << 20  # bytes of each checkpoint that one thread combines at a time
 
 Bytes = npt.NDArray[np.uint8]
 Boxes = Sequence[tuple[int, Box]]
@@ -47,7 +51,8 @@ class Blend:
 
     def __init__(self, recipe: Recipe, *, once: bool = False) -> None:
         self.recipe, self.stats = recipe, ReadStats()
-        self._room = Room()
+        self._mine = threading.local()
+        self._hands = ThreadPoolExecutor(_cores(), thread_name_prefix="ckpt-combine")
         self._open: dict[str, Backend] = {}
         self.backends: list[Backend] = []
         self.commits: list[Commit] = []
@@ -103,7 +108,7 @@ class Blend:
         """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
 
         Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 128 MiB for
-        windows, 64 MiB times rows / terms, and 4 MiB of scratch for each term.
+        windows, 64 MiB times rows / terms, 4 MiB of scratch for each term, and that of `Room` for each thread.
         """
         n = len(self.recipe.terms)
         limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)
@@ -123,21 +128,30 @@ class Blend:
     def _window(
         self, windows: Sequence[list[Part]], boxes: Boxes, weights: Floats, room: Sequence[Bytes]
     ) -> list[list[Part]]:
-        """One window of all checkpoints, combined into `room`, an array for each row of weights."""
+        """One window of all checkpoints, combined into `room`, an array for each row of weights. Threads share the work in
+        pieces, which does not show in the bits."""
         at = 0
         out = []
+        under_way: list[Future[None]] = []
         for parts in zip(*windows, strict=True):
             base = parts[-1]
             results = [r[at : at + len(base.data)] for r in room]
-            self._combine([p.data for p in parts], weights, boxes[base.index][0], results)
+            for lo in range(0, len(base.data), _SHARE):
+                some, into = ([b[lo : lo + _SHARE] for b in part] for part in ([p.data for p in parts], results))
+                under_way.append(self._hands.submit(self._combine, some, weights, boxes[base.index][0], into))
             out.append([Part(base.index, base.start, r) for r in results])
             at += _aligned(len(base.data))
+        wait(under_way)
+        for share in under_way:
+            share.result()
         return out
 
     def _combine(self, blocks: Sequence[Bytes], weights: Floats, tensor: int, out: Sequence[Bytes]) -> None:
         spec = self.manifest.tensors[tensor]
+        if not hasattr(self._mine, "room"):
+            self._mine.room = Room()
         try:
-            combine(blocks, weights, spec.dtype, out, self._room)
+            combine(blocks, weights, spec.dtype, out, self._mine.room)
         except NotFinite as e:
             steps = ", ".join(str(self.recipe.terms[k].step) for k in e.inputs)
             what = f"holds infinities or NaN in step {steps}" if steps else f"comes out too large for {spec.dtype}"
@@ -151,6 +165,7 @@ class Blend:
             self.stats.read += stream.stats.read
 
     def close(self) -> None:
+        self._hands.shutdown()
         for backend in self._open.values():
             backend.close()
 
@@ -159,6 +174,12 @@ class Blend:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _cores() -> int:
+    """The cores of this host over its ranks, at most 4."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
 
 
 def _aligned(nbytes: int) -> int:
