@@ -1,6 +1,7 @@
 """What a run holds: listing, refs, what may be deleted. Imports no torch: `ckpt ls` must be quick.
 
-A ref is a run (its latest step), `run@latest`, `run@best` (or `run@best:metric`), `run@1000`, or one step's URL.
+A ref is a run (its latest step), `run@latest`, `run@best` (or `run@best:metric`), `run@1000`, or one step's URL;
+`run@lcsc` is the latest step of the run in its folder `lcsc`, which no listing of the run itself shows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ckpt.commit import Commit, Generation, read_commit, read_generation
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError, UsageError
 
 __all__ = [
+    "COMBINED",
     "Listing",
     "Ref",
     "Step",
@@ -36,6 +38,9 @@ __all__ = [
     "with_ledger",
     "write_ledger",
 ]
+
+COMBINED = "lcsc"
+"""The folder of a run that holds the run of its combinations: what `ckpt search --watch` publishes."""
 
 _STEP = re.compile(r"step-([0-9]{8,18})\.g([0-9]{4,9})")
 _GENERATION = re.compile(r"gen-([0-9]{4,9})\.json")
@@ -77,9 +82,11 @@ def parse_ref(ref: str | os.PathLike[str]) -> Ref:
     """Splits a ref. Raises UsageError for an unknown word after "@"."""
     text = os.fspath(ref).rstrip("/")
     head, at, which = text.rpartition("@")
+    if at and which == COMBINED:
+        return Ref(f"{head}/{COMBINED}", "latest")
     if at and ("/" not in which or which.startswith("best:")):
         if not (which in ("latest", "best") or which.startswith("best:") or which.isdecimal()):
-            raise UsageError(f"ref {text!r}: after '@' say latest, best, best:METRIC or a step number")
+            raise UsageError(f"ref {text!r}: after '@' say latest, best, best:METRIC, lcsc or a step number")
         return Ref(head, which)
     folder = text.rpartition("/")[2]
     if _STEP.fullmatch(folder):
