@@ -22,8 +22,8 @@ __all__ = ["cli", "main"]
 
 _HELP = """Checkpoints of distributed PyTorch training: list, check, compare, convert and tidy them.
 
-A RUN is a folder or URL. A REF is a run (its latest step), run@latest, run@best, run@best:METRIC, run@1000, or the
-URL of one step. `ckpt VERB --help` tells more about each verb; with --json every verb prints one JSON document.
+A RUN is a folder or URL. A REF is a run (its latest step), run@latest, run@best, run@best:METRIC, run@1000,
+run@lcsc (what a search beside the run published), or the URL of one step. `ckpt VERB --help` tells more about each verb; with --json every verb prints one JSON document.
 
 \b
 Exit codes:
@@ -36,8 +36,8 @@ Exit codes:
   70   a bug in ckpt
   130  interrupted
 
-Started by torchrun or mpiexec, `reshard` and `average` divide their work over the processes; any other verb runs in the
-first one.
+Started by torchrun or mpiexec, `reshard`, `average` and `search` divide their work over the processes; any other verb
+runs in the first one.
 
 \b
 Completion of verbs and options by the shell:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +16,13 @@ from ckpt.cli.show import columns, count, emit, plain, progress, size
 from ckpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from ckpt.collective import Group
     from ckpt.merge.recipe import Recipe
+    from ckpt.merge.watch import Round
 
 __all__ = ["average", "search"]
 
+_NICE = 15
 _MOMENTS = click.Choice(["latest", "averaged", "reset"])
 
 
@@ -163,14 +166,18 @@ def _show(recipe: Recipe, as_json: bool) -> int:
     return 0
 
 
-@verb("search")
+@verb("search", together=True)
 @click.argument("refs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--objective", required=True, metavar="MODULE:FUNCTION", help="Scores a state dict; lower is better.")
 @click.option("--held-out", metavar="MODULE:FUNCTION", help="The same on other data: reported, never chosen by.")
 @click.option("--method", type=click.Choice(["ladder", "lcsc", "cma"]), default="lcsc", show_default=True)
 @click.option("--budget", type=click.IntRange(min=1), default=200, show_default=True, help="Evaluations, at most.")
 @click.option("--to", "dst", metavar="DST", help="The run that gets the best combination.")
-@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N steps of a run.")
+@click.option("--watch", is_flag=True, help="Follow a run, and publish its best combination as RUN@lcsc.")
+@click.option(
+    "--until-idle", type=click.FloatRange(min=0), metavar="MINUTES", help="End a watch when no step came for so long."
+)
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N steps of a run; a watch: 16.")
 @click.option("--steps", metavar="LIST", help="Only these steps of a run: 100,200 or 100:500, both included.")
 @click.option(
     "--moments", type=click.Choice(["latest", "reset"]), help="State of optimizers: of the last step, or left out."
@@ -182,6 +189,7 @@ def _show(recipe: Recipe, as_json: bool) -> int:
 )
 @click.option("--clip", type=float, default=4.0, show_default=True, help="Bound of the coefficients.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--together", is_flag=True, help="All processes score each combination together: FUNCTION is collective.")
 @click.option("--journal", metavar="FILE", help="Keeps the scores; a search that was cut short goes on from it.")
 @click.option("--scratch", metavar="DIR", help="Holds the candidates of a generation; the system's temporary folder.")
 @click.option("--step", type=click.IntRange(min=0), help="The step's number in DST; that of the last step by default.")
@@ -192,6 +200,8 @@ def search(
     method: str,
     budget: int,
     dst: str | None,
+    watch: bool,
+    until_idle: float | None,
     last: int | None,
     steps: str | None,
     moments: str | None,
@@ -200,6 +210,7 @@ def search(
     population: int,
     clip: float,
     seed: int,
+    together: bool,
     journal: str | None,
     scratch: str | None,
     step: int | None,
@@ -210,23 +221,47 @@ def search(
     Tries what is cheap first: each checkpoint alone, means of the last k, decay curves, EMAs, a greedy soup. Then goes on
     from the best of them with evolution (lcsc) or CMA-ES (cma) over all affine combinations, negative ones too. FUNCTION
     gets a mapping from names to tensors (`state.under("model")` is what model.load_state_dict takes) and returns a number.
-    """
-    from ckpt.collective import Solo
-    from ckpt.merge import search as room
-    from ckpt.merge.write import materialise
 
-    if dst:
-        run_backend(dst).close()  # before anything is spent on a name that cannot be written to
-    score, other = room.objective_of(objective), room.objective_of(held_out) if held_out else None
-    with _counted(budget, show=not as_json and sys.stderr.isatty()) as tell:
-        found = room.search(
-            refs, score, method=method, budget=budget, held_out=other, last=last, steps=steps, moments=moments or "",
-            only=only, latest=latest, population=population, clip=clip, seed=seed, journal=journal, scratch=scratch,
-            progress=tell,
-        )  # fmt: skip
-    told = {"search_score": found.best.score, "held_out_score": found.best.held_out}
-    metrics = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
-    written = materialise(found.recipe, dst, group=Solo(), step=step, metrics=metrics) if dst else None
+    With --watch it does so beside a job, at low priority: again whenever there is a newer step, until interrupted or, with
+    --until-idle, until none came for so long. The best is published in the folder `lcsc` of RUN, where neither `latest` nor
+    retention see it; the ref RUN@lcsc names it.
+
+    The processes that torchrun or mpiexec start share the candidates of a generation; the result is the same for any number.
+    """
+    from ckpt.merge import watch as room
+    from ckpt.merge.search import Sought, conduct, objective_of, prepare
+
+    sought = Sought(
+        objective_of(objective), objective_of(held_out) if held_out else None, method, budget, population, clip, seed,
+        together,
+    )  # fmt: skip
+    with processes() as group:
+        with _counted(budget, show=group.rank == 0 and not as_json and not watch and sys.stderr.isatty()) as tell:
+            if watch:
+                if dst or steps or step is not None or len(refs) != 1:
+                    raise UsageError(
+                        "--watch follows one RUN, and publishes as RUN@lcsc: without --to, --steps, --step"
+                    )
+                with _rounds(group, as_json=as_json) as told:
+                    room.watch(
+                        refs[0], sought, last=last or 16, moments=moments or "", only=only, latest=latest, journal=journal,
+                        scratch=scratch, idle=None if until_idle is None else 60 * until_idle, group=group, told=told,
+                    )  # fmt: skip
+                return 0
+            if until_idle is not None:
+                raise UsageError("--until-idle goes with --watch")
+            if dst:
+                run_backend(dst).close()  # before anything is spent on a name that cannot be written to
+            whole = prepare(
+                refs, group, last=last, steps=steps, moments=moments or "", only=only, latest=latest
+            )  # fmt: skip
+            found = conduct(whole, sought, group=group, journal=journal, scratch=scratch, progress=tell)
+        from ckpt.merge.write import materialise
+
+        metrics = found.best.metrics
+        written = materialise(found.recipe, dst, group=group, step=step, metrics=metrics) if dst else None
+        if group.rank:
+            return 0
     if as_json:
         emit({**plain(found), "written": plain(written)})
         return 0
@@ -235,9 +270,28 @@ def search(
     click.echo(
         f"{count(found.evaluations, 'evaluation')}; best: {found.best.name}" + (f"; {written.ref}" if written else "")
     )
-    if other is None:
+    if not held_out:
         click.echo("no --held-out: the best score is better than it would be on other data")
     return 0
+
+
+@contextmanager
+def _rounds(group: Group, *, as_json: bool) -> Iterator[Callable[[Round], None]]:
+    """At low priority; gives what to call with each round of a watch, which says what came out of it."""
+    os.nice(max(0, _NICE - os.nice(0)))
+    done: list[Round] = []
+
+    def tell(found: Round) -> None:
+        done.append(found)
+        if not as_json:
+            best = found.report.best
+            other = "" if best.held_out is None else f", held out {best.held_out:.6g}"
+            place = found.published or "what is published is as good"
+            click.echo(f"steps {found.steps[0]} to {found.steps[-1]}: {best.name} {best.score:.6g}{other}; {place}")
+
+    yield tell
+    if as_json and group.rank == 0:
+        emit({"rounds": [plain(r) for r in done]})
 
 
 @contextmanager

@@ -97,6 +97,8 @@ class Pool:
 
     def combine(self, rows: Sequence[Floats]) -> list[Candidate]:
         """The combinations for rows of weights (terms,), from one pass. They replace those of the last call."""
+        if not len(rows):
+            return []
         weights = np.array(rows, dtype=np.float64)
         m = self.blend.manifest
         order = list(self._found)

@@ -23,7 +23,7 @@ from ckpt.errors import FormatError, NotFoundError, UsageError
 from ckpt.merge import weights as maths
 from ckpt.merge.weights import Floats
 
-__all__ = ["MOMENTS", "Chosen", "Recipe", "Term", "average", "choose", "posthoc", "recipe_of"]
+__all__ = ["MOMENTS", "Chosen", "Recipe", "Term", "average", "choose", "posthoc", "recipe_of", "url_of"]
 
 VERSION = 1
 MOMENTS = ("latest", "averaged", "reset")
@@ -218,10 +218,10 @@ def _chosen(ref: str, last: int | None, steps: str | Sequence[int] | None) -> li
     if parsed.run != ref.rstrip("/"):
         backend, commit = resolve(ref)
         backend.close()
-        return [Chosen(_url(backend), commit)]
+        return [Chosen(url_of(backend), commit)]
     backend = backend_for(parsed.run)
     try:
-        url, found = _url(backend), lineage(with_ledger(backend, list_run(backend)), damaged=True)[::-1]
+        url, found = url_of(backend), lineage(with_ledger(backend, list_run(backend)), damaged=True)[::-1]
         if not found:
             resolve(ref)  # says what there is instead
         if steps is not None:
@@ -240,7 +240,8 @@ def _chosen(ref: str, last: int | None, steps: str | Sequence[int] | None) -> li
         backend.close()
 
 
-def _url(backend: Backend) -> str:
+def url_of(backend: Backend) -> str:
+    """What names a run for good, wherever the process stands."""
     return f"memory://{backend.root}" if type(backend).__name__ == "MemoryBackend" else backend.root
 
 

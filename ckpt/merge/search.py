@@ -16,21 +16,22 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ckpt.errors import FormatError, NotFoundError, UsageError
+from ckpt.collective import Group, current_group
+from ckpt.errors import NotFoundError, UsageError
 from ckpt.merge.evolve import STRATEGIES, ladder_rows, strategy
+from ckpt.merge.journal import Journal, Row
 from ckpt.merge.pool import Candidate, Pool
 from ckpt.merge.recipe import Recipe, Refs, choose, recipe_of
 from ckpt.merge.weights import Floats
 
-__all__ = ["METHODS", "Objective", "SearchReport", "Trial", "objective_of", "search"]
+__all__ = ["METHODS", "Objective", "SearchReport", "Sought", "Trial", "conduct", "objective_of", "prepare", "search"]
 
 METHODS = ("ladder", *STRATEGIES)
 MAX_CHECKPOINTS = 64
@@ -48,6 +49,12 @@ class Trial:
     held_out: float | None
     weights: tuple[float, ...]
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scores, as metrics of a checkpoint."""
+        told = {"search_score": self.score, "held_out_score": self.held_out}
+        return {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
+
 
 @dataclass(frozen=True)
 class SearchReport:
@@ -60,6 +67,32 @@ class SearchReport:
     evaluations: int
     passes: int
     bytes_read: int
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What is searched for, and how far: see `search`. Raises UsageError."""
+
+    objective: Objective
+    held_out: Objective | None = None
+    method: str = "lcsc"
+    budget: int = 200
+    population: int = 16
+    clip: float = 4.0
+    seed: int = 0
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or self.budget < 1 or self.population < 4 or not self.clip > 0:
+            raise UsageError(
+                f"search: method {', '.join(METHODS)}; budget above 0, population of 4 or more, clip above 0"
+            )
+
+    def about(self) -> dict[str, Any]:
+        """What makes scores and proposals what they are; as JSON has it."""
+        name = f"{getattr(self.objective, '__module__', '')}.{getattr(self.objective, '__qualname__', '')}"
+        settings = {"method": self.method, "seed": self.seed, "population": self.population, "clip": self.clip}
+        return {"objective": name, **settings}
 
 
 def search(
@@ -77,11 +110,13 @@ def search(
     population: int = 16,
     clip: float = 4.0,
     seed: int = 0,
+    together: bool = False,
     journal: str | os.PathLike[str] | None = None,
     scratch: str | None = None,
+    group: Group | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SearchReport:
-    """Searches for the affine combination of checkpoints that an objective scores lowest.
+    """Searches for the affine combination of checkpoints that an objective scores lowest; collective over `group`.
 
     objective   gets a `Candidate`, a state dict that is made as it is looked into, and returns a number; lower is better,
                 nan counts as worst. It should be deterministic
@@ -90,46 +125,96 @@ def search(
     held_out    a second objective, on other data: what the search has learnt by heart shows in the difference. It is asked
                 about the trials of note only, and never chooses
     clip        no coefficient but the last step's goes beyond -clip and clip
-    journal     a file of scores: made if it is not there, else gone on with
-    scratch     a folder for as many combinations as the population has
+    together    all ranks score every combination together, and the score of rank 0 counts: for objectives that are
+                themselves distributed. Otherwise each rank scores its part of a generation
+    journal     a file of scores, of rank 0: made if it is not there, else gone on with
+    scratch     a folder for as many combinations as the population has; for each rank its part of them
+    group       the process group that is up, MPI's world, or this process alone by default
     refs, last, steps, moments, only, latest: as for `ckpt.average`; at most 64 checkpoints
 
-    Each checkpoint is read at most once a generation. Raises UsageError, NotFoundError, MismatchError (leaves that do not
-    fit), FormatError (a journal of another search), IntegrityError, StorageError, and what the objective raises.
+    Each rank reads each checkpoint at most once a generation. What is found does not depend on the number of ranks. Raises
+    UsageError, NotFoundError, MismatchError (leaves that do not fit), FormatError (a journal of another search),
+    IntegrityError, StorageError, and what the objective raises; of several ranks, on all of them.
     """
-    chosen, _ = choose(refs, last=last, steps=steps)
-    n = len(chosen)
-    if method not in METHODS or budget < 1 or population < 4 or not clip > 0:
-        raise UsageError(f"search: method {', '.join(METHODS)}; budget above 0, population of 4 or more, clip above 0")
+    group = current_group() if group is None else group
+    sought = Sought(objective, held_out, method, budget, population, clip, seed, together)
+    whole = prepare(refs, group, last=last, steps=steps, moments=moments, only=only, latest=latest)
+    return conduct(whole, sought, group=group, journal=journal, scratch=scratch, progress=progress)
+
+
+def prepare(
+    refs: Refs,
+    group: Group,
+    *,
+    last: int | None,
+    steps: str | Sequence[int] | None = None,
+    moments: str,
+    only: Sequence[str],
+    latest: Sequence[str],
+) -> Recipe:
+    """The mean of what is to be searched among, as rank 0 finds it; collective. The rest as for `ckpt.average`."""
+
+    def made(_: object) -> bytes:
+        chosen, _counts = choose(refs, last=last, steps=steps)
+        n = len(chosen)
+        return recipe_of(chosen, [1 / n] * n, "search", moments=moments, only=only, latest=latest).to_json().encode()
+
+    return Recipe.from_json(group.round("search", b"", made).decode())
+
+
+def conduct(
+    whole: Recipe,
+    sought: Sought,
+    *,
+    group: Group,
+    begin: Sequence[Sequence[float]] = (),
+    journal: str | os.PathLike[str] | None = None,
+    scratch: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SearchReport:
+    """`search` over the terms of a recipe, all of which count something. `begin`: weights (terms,) to try after the ladder.
+    The arguments are the same on all ranks."""
+    n = len(whole.terms)
     if not 2 <= n <= MAX_CHECKPOINTS:
         raise UsageError(f"a search takes 2 to {MAX_CHECKPOINTS} checkpoints, not {n}; choose with last or steps")
-    if moments == "averaged":
+    if whole.moments == "averaged":
         raise UsageError("moments cannot be averaged with the negative weights that a search may find")
-    whole = recipe_of(chosen, [1 / n] * n, "search", moments=moments, only=only, latest=latest)
-    about = {
-        "objective": f"{getattr(objective, '__module__', '')}.{getattr(objective, '__qualname__', '')}",
-        "method": method,
-        "seed": seed,
-        "population": population,
-        "clip": clip,
-        "recipe": json.loads(whole.to_json()),
-    }
-    with Pool(whole, scratch) as pool:
-        scores = _Scores(pool, objective, _Journal(journal, about), budget, progress)
-        times = [float(c.commit.step) for c in chosen]
+    about = {**sought.about(), "recipe": json.loads(whole.to_json()), **({"begin": list(begin)} if begin else {})}
+    kept = Journal(None, about)
+    ready: bytes | Exception = b""
+    pool: Pool | None = None
+
+    def opened(_: object) -> bytes:
+        nonlocal kept
+        kept = Journal(journal, about)
+        return kept.told()
+
+    try:
+        try:
+            pool = Pool(whole, scratch)
+        except Exception as e:
+            ready = e
+        kept.read(group.round("checkpoints of a search", ready, opened).decode().splitlines())
+        assert pool is not None
+        scores = _Scores(pool, sought, kept, group, progress)
+        times = [float(t.step) for t in whole.terms]
         if any(a >= b for a, b in itertools.pairwise(times)):
             times = [float(i) for i in range(n)]  # of several runs
-        best = _searched(scores, method, times, population, clip, seed)
-        trials = _trials(best, pool, held_out)
+        best = _searched(scores, sought, times, begin)
+        trials = _trials(best, scores)
         counts = len(scores.known), pool.passes, pool.bytes_read
+    finally:
+        if pool is not None:
+            pool.close()
     won = trials[-1]
     said = {
-        **{k: v for k, v in about.items() if k != "recipe"},
+        **sought.about(),
         "evaluations": counts[0],
         "trials": [[t.name, _told(t.score), _told(t.held_out)] for t in trials],
     }
-    name = f"{method}:{won.name}"
-    recipe = recipe_of(chosen, won.weights, name, moments=moments, only=only, latest=latest, said=said)
+    terms = [replace(t, weight=w) for t, w in zip(whole.terms, won.weights, strict=True)]
+    used = tuple(t for t in terms[:-1] if t.weight)
+    recipe = replace(whole, method=f"{sought.method}:{won.name}", terms=(*used, terms[-1]), said=said)
     return SearchReport(recipe, won, tuple(trials), *counts)
 
 
@@ -155,15 +240,15 @@ class _Spent(Exception):
     """The budget is used up."""
 
 
-def _searched(scores: _Scores, method: str, times: Sequence[float], population: int, clip: float, seed: int) -> _Best:
+def _searched(scores: _Scores, sought: Sought, times: Sequence[float], begin: Sequence[Sequence[float]]) -> _Best:
     """All of the search; ends when the budget does, or when nothing new is proposed any more."""
-    n = len(times)
+    n, method, population = len(times), sought.method, sought.population
     best: _Best = {}
     with suppress(_Spent):
-        rows = list(ladder_rows(n, times))
+        ladder = list(ladder_rows(n, times))
         singles: list[tuple[float, int]] = []
-        for at in range(0, len(rows), population):
-            some = rows[at : at + population]
+        for at in range(0, len(ladder), population):
+            some = ladder[at : at + population]
             for (name, row), score in zip(some, scores([row for _, row in some]), strict=True):
                 kind = name.partition(":")[0]
                 _keep(best, kind if best else "last", score, row)  # the newest comes first
@@ -172,10 +257,14 @@ def _searched(scores: _Scores, method: str, times: Sequence[float], population: 
                     singles.append((score, int(np.argmax(row))))
         for row, score in _greedy(scores, sorted(singles, key=lambda s: _order(s[0])), n):
             _keep(best, "greedy", score, row)
+        given = [np.array(row, dtype=np.float64) for row in begin]
+        for row, score in zip(given, scores(given), strict=True):
+            _keep(best, "before", score, row)
         if method == "ladder":
             return best
         seeds = sorted(best.values(), key=lambda found: _order(found[0]))
-        plan = strategy(method, n - 1, [row[:-1] for _, row in seeds], population=population, clip=clip, seed=seed)
+        rows = [row[:-1] for _, row in seeds]
+        plan = strategy(method, n - 1, rows, population=population, clip=sought.clip, seed=sought.seed)
         idle = 0
         while idle < _IDLE:
             before = len(scores.known)
@@ -203,84 +292,72 @@ def _greedy(scores: _Scores, singles: Sequence[tuple[float, int]], n: int) -> It
             yield row, score
 
 
-def _trials(best: _Best, pool: Pool, held_out: Objective | None) -> list[Trial]:
+def _trials(best: _Best, scores: _Scores) -> list[Trial]:
     """What is worth telling: the last step, the best of each kind, the winner at the end."""
     winner = min(best, key=lambda kind: _order(best[kind][0]))
     kinds = [*(kind for kind in best if kind != winner), winner]
-    held: list[float | None] = [None] * len(kinds)
-    if held_out is not None:
-        held = [float(held_out(c)) for c in pool.combine([best[kind][1] for kind in kinds])]
+    held = scores.held_out([best[kind][1] for kind in kinds])
     return [Trial(kind, best[kind][0], h, tuple(best[kind][1].tolist())) for kind, h in zip(kinds, held, strict=True)]
 
 
 class _Scores:
-    """Rows of weights -> scores: from the journal where they are known, else from the objective, within the budget."""
+    """Rows of weights -> scores: from the journal where they are known, else from the objective, within the budget.
+
+    Of several ranks each scores its part of the rows; in turns, after each of which all ranks know its scores.
+    """
 
     def __init__(
-        self, pool: Pool, objective: Objective, journal: _Journal, budget: int, progress: Callable[[int], None] | None
+        self,
+        pool: Pool,
+        sought: Sought,
+        journal: Journal,
+        group: Group,
+        progress: Callable[[int], None] | None,
     ) -> None:
-        self._pool, self._objective, self._journal, self._budget = pool, objective, journal, budget
+        self._pool, self._sought, self._journal, self._group = pool, sought, journal, group
         self._progress = progress
-        self.known: dict[tuple[float, ...], float] = {}
+        self._turns = 0
+        self.known: dict[Row, float] = {}
 
     def __call__(self, rows: Sequence[Floats]) -> Iterator[float]:
         """The score of each, one pass over the checkpoints for all. Raises _Spent at the first one too many."""
+        budget = self._sought.budget
         keys = [tuple(row.tolist()) for row in rows]
-        new = [k for k in dict.fromkeys(keys) if k not in self.known][: self._budget - len(self.known)]
-        unpaid = [k for k in new if k not in self._journal.scores]
-        made = dict(zip(unpaid, self._pool.combine([np.array(k) for k in unpaid]) if unpaid else (), strict=True))
+        new = [k for k in dict.fromkeys(keys) if k not in self.known][: budget - len(self.known)]
+        found = self._evaluated(self._sought.objective, [k for k in new if k not in self._journal.scores])
         for key in keys:
             if key not in self.known:
-                if len(self.known) >= self._budget:
+                if len(self.known) >= budget:
                     raise _Spent
-                if key in made:
-                    self._journal.add(key, float(self._objective(made[key])))
+                while key not in self._journal.scores:
+                    self._journal.add(*next(found))
                 self.known[key] = self._journal.scores[key]
                 if self._progress is not None:
                     self._progress(1)
             yield self.known[key]
 
+    def held_out(self, rows: Sequence[Floats]) -> list[float | None]:
+        """What the other objective says about each, None without one."""
+        if self._sought.held_out is None:
+            return [None] * len(rows)
+        return [score for _, score in self._evaluated(self._sought.held_out, [tuple(r.tolist()) for r in rows])]
 
-class _Journal:
-    """Scores that were paid for, as JSON lines: a head that says of which search, then a line for each row of weights."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
-        self.scores: dict[tuple[float, ...], float] = {}
-        self._path = None if path is None else Path(path)
-        if self._path is None:
-            return
-        head = json.dumps({"ckpt-search": 1, **about}, sort_keys=True)
-        if not self._path.exists():
-            self._append(head)
-            return
-        text = self._path.read_text()
-        lines = text.splitlines()
-        if not lines or lines[0] != head:
-            raise FormatError(
-                f"{self._path} is the journal of another search; name another file, or ask for the same search"
-            )
-        self._read(lines[1:])
-        if not text.endswith("\n"):  # cut short within a line, which then does not count
-            self._path.write_text("".join(f"{line}\n" for line in lines[:-1]))
-
-    def _read(self, lines: Iterable[str]) -> None:
-        for line in lines:
+    def _evaluated(self, objective: Objective, rows: Sequence[Row]) -> Iterator[tuple[Row, float]]:
+        """(row, score) in order."""
+        group = self._group
+        rank, world = (0, 1) if self._sought.together else (group.rank, group.world)
+        made: list[Candidate] | None = None
+        for at in range(0, len(rows), world):
+            letter: bytes | Exception = b""
             try:
-                row, score = json.loads(line)
-                self.scores[tuple(float.fromhex(w) for w in row)] = float.fromhex(score)
-            except (ValueError, TypeError):
-                return  # the line that was being written; what follows cannot be
-
-    def add(self, row: tuple[float, ...], score: float) -> None:
-        self.scores[row] = score
-        self._append(json.dumps([[w.hex() for w in row], score.hex()]))
-
-    def _append(self, line: str) -> None:
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                made = self._pool.combine([np.array(r) for r in rows[rank::world]]) if made is None else made
+                if at + rank < len(rows):
+                    letter = float(objective(made[at // world])).hex().encode()
+            except Exception as e:
+                letter = e
+            self._turns += 1
+            told = group.round(f"scores {self._turns} of a search", letter, lambda letters: b" ".join(letters))
+            yield from zip(rows[at : at + world], map(float.fromhex, told.decode().split()), strict=False)
 
 
 def objective_of(text: str) -> Objective:
