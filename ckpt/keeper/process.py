@@ -26,10 +26,10 @@ from typing import Any
 
 from ckpt import faults
 from ckpt.config import Every, Settings
-from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
+from ckpt.errors import CkptError, ConflictError, IntegrityError, to_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.folding import Folding
-from ckpt.keeper.holding import as_checkpoint, write_packs
+from ckpt.keeper.holding import write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
@@ -45,7 +45,6 @@ __all__ = ["Keeper"]
 
 log = logging.getLogger("ckpt.keeper")
 _START = 60.0  # seconds in which the first trainer has to come
-_RANGE = 16 << 20  # bytes that one answer may carry
 
 
 class Keeper:
@@ -61,7 +60,7 @@ class Keeper:
         self.host = config.host or socket.gethostname()
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
-        self._service = Service(self.loop, self.vault, self.shield)
+        self._service = Service(self.loop, self.vault, self.shield, self.uplink.tell)
         self.folding = Folding(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
@@ -122,7 +121,11 @@ class Keeper:
             if peer.role == "trainer":
                 if peer.rank < 0 and message.kind not in ("attach", "look"):
                     raise ConflictError(f"{message.kind!r} from somebody who has not attached")
-                self._answer(peer, message, asked or getattr(self, f"_on_{message.kind}", None))
+                answer = asked or getattr(self, f"_on_{message.kind}", None)
+                if message.kind in ("pin", "inventory"):  # what is being folded will be whole, or not, by then
+                    self.folding.settled(-1, lambda: self._answer(peer, message, answer))
+                else:
+                    self._answer(peer, message, answer)
             elif peer.role == "caller":
                 self._answer(peer, message, asked or getattr(self, f"_call_{message.kind}", None))
             elif peer is self.uplink.peer:
@@ -254,19 +257,6 @@ class Keeper:
     def _on_want(self, peer: Peer, message: Frame) -> Frame:
         there, done = self.seat.want(int(message["step"]))
         return frame("answer", there=there, done=done)
-
-    def _on_open(self, peer: Peer, message: Frame) -> Frame:
-        """A step for reading: its commit and manifest, the memory of the packs that are here, where the others are."""
-        held = self.vault.held.get((int(message["key"][0]), int(message["key"][1])))
-        if held is None:
-            return frame("answer", there=False)
-        self.uplink.tell(frame("reading", rank=peer.rank, slot=held.slot))
-        here = [r for r in sorted(held.memory) if held.parts[r].report is not None]
-        commit, manifest = as_checkpoint(held)
-        return frame(
-            "answer", commit + manifest, [held.memory[r].fd for r in here], there=True, folder=held.folder,
-            cut=len(commit), packs=held.packs, here=here,
-        )  # fmt: skip
 
     def _on_done(self, peer: Peer, message: Frame) -> None:
         self.uplink.tell(frame("done", rank=peer.rank, damaged=message["damaged"]))
@@ -433,18 +423,6 @@ class Keeper:
             self.loop.tell(peer, frame("plan", text, key=key))
         self.loop.tell(peer, frame("rejoin", epoch=self.seat.lead.epoch if self.seat.lead else 0))
         self.seat.came(peer.host)
-
-    def _call_range(self, peer: Peer, message: Frame) -> Frame:
-        """Bytes of a pack, for a rank of another host."""
-        generation, step, rank = (int(n) for n in message["pack"])
-        held = self.vault.held.get((generation, step))
-        if held is None or rank not in held.memory:
-            raise NotFoundError(f"rank {rank} of step {step} is no longer in the memory of {self.host}")
-        at, n = int(message["offset"]), int(message["length"])
-        pack = held.pack(rank)
-        if not 0 <= at <= at + n <= len(pack) or n > _RANGE:
-            raise ConflictError(f"bytes {at} to {at + n} of a pack of {len(pack)}")
-        return frame("answer", pack[at : at + n].tobytes())
 
 
 def _alive(pid: int) -> bool:

@@ -5,8 +5,9 @@
     describe    {key}: the commit and the manifest of a step, and its packs, as `Held.packs`
     piece       {key, what, offset, length}: bytes of this host's "segment" of a step, or of the "parity" that it keeps of it
 
-to trainers only: protected {generation}, answered when it is known whether this host can protect the steps of that life;
-and only to other hosts: fence, for a life that this host is not in; fold, after which the connection brings chunks.
+to trainers only: open, as describe, with descriptors of the memory; protected {generation}, answered when it is known whether
+this host can protect the steps of that life; and only to other hosts: range {pack, offset, length}, bytes of a pack; fence,
+for a life that this host is not in; fold, after which the connection brings chunks.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Answer = Callable[[Peer, Frame], Frame | None]
 class Service:
     """Of one keeper."""
 
-    def __init__(self, loop: Loop, vault: Vault, shield: Shield) -> None:
-        self._loop, self._vault, self._shield = loop, vault, shield
+    def __init__(self, loop: Loop, vault: Vault, shield: Shield, tell: Callable[[Frame], None]) -> None:
+        self._loop, self._vault, self._shield, self._tell = loop, vault, shield, tell
         self._waiting: list[tuple[int, Peer, Frame]] = []  # generation, who asks, the question
         shield.ready_changed = self._tell_ready
 
@@ -45,8 +46,8 @@ class Service:
         both: dict[str, Answer] = {
             "inventory": self._inventory, "pin": self._pin, "describe": self._describe, "piece": self._piece,
         }  # fmt: skip
-        own: dict[str, Answer] = {"protected": self._protected}
-        theirs: dict[str, Answer] = {"fence": self._fence, "fold": self._fold}
+        own: dict[str, Answer] = {"open": self._open, "protected": self._protected}
+        theirs: dict[str, Answer] = {"range": self._range, "fence": self._fence, "fold": self._fold}
         return {"trainer": both | own, "caller": both | theirs}.get(role, {}).get(kind)
 
     def _protected(self, peer: Peer, message: Frame) -> None:
@@ -87,6 +88,28 @@ class Service:
             for key, held in self._vault.held.items()
             if held.memory.keys() == {rank for rank, host in held.hosts.items() if host == self._shield.host}
         ]
+
+    def _open(self, peer: Peer, message: Frame) -> Frame:
+        """A step for reading: as described, with the memory of the packs that are here."""
+        held = self._vault.held.get(key_of(message["key"]))
+        if held is None:
+            return frame("answer", there=False)
+        self._tell(frame("reading", rank=peer.rank, slot=held.slot))
+        here = [w for w in sorted(held.memory) if held.parts[w].report is not None]
+        told, fds = self._describe(peer, message), [held.memory[w].fd for w in here]
+        return Frame("answer", {**told.head, "there": True, "here": here}, told.payload, fds)
+
+    def _range(self, peer: Peer, message: Frame) -> Frame:
+        """Bytes of a pack, for a rank of another host."""
+        generation, step, writer = (int(n) for n in message["pack"])
+        held = self._vault.held.get((generation, step))
+        if held is None or writer not in held.memory:
+            raise NotFoundError(f"pack {writer} of step {step} is no longer in the memory of {self._shield.host}")
+        at, n = int(message["offset"]), int(message["length"])
+        pack = held.pack(writer)
+        if not 0 <= at <= at + n <= len(pack) or n > _RANGE:
+            raise ConflictError(f"bytes {at} to {at + n} of a pack of {len(pack)}")
+        return frame("answer", pack[at : at + n].tobytes())
 
     def _describe(self, peer: Peer, message: Frame) -> Frame:
         """The commit, then the manifest, which begins at `cut`. Raises NotFoundError."""
