@@ -284,6 +284,7 @@ class Keeper:
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
             steps=steps, trainers=trainers, memory=self.vault.nbytes, address=self._address(), **self._service.look(),
+            lost=self.seat.watch.lost() if self.seat.watch else [],
         )  # fmt: skip
 
     def _address(self) -> str:

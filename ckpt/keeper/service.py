@@ -157,7 +157,8 @@ class Service:
         threading.Thread(target=work, name="ckpt-fold", daemon=True).start()
 
     def look(self) -> dict[str, Any]:
-        """What people are told of protection: the group, what was announced last, memory that parity takes."""
+        """What people are told of protection: the group, its data and parity chunks, what was announced last, memory that
+        parity takes."""
         shield = self._shield
         group: list[str] = []
         code: list[int] = []

@@ -98,6 +98,10 @@ class Watch:
         """The steps that no host may let go of."""
         return self.guard.held() if self.guard is not None else self._still
 
+    def lost(self) -> list[str]:
+        """The hosts that a life has lost sight of."""
+        return sorted(map(host_of, self.guard.lost & self.guard.placement.names)) if self.guard is not None else []
+
     def hold_still(self) -> None:
         """A life is about to begin: what is in memory stays as it is until all its hosts have said what they hold."""
         done = (leads.State.COMPLETE, leads.State.DAMAGED)

@@ -30,6 +30,7 @@ from ckpt.keeper.groups import Placement
 from ckpt.keeper.holding import encode_plan
 from ckpt.keeper.link import Link, keeper_name
 from ckpt.keeper.protocol import Frame, frame, greet, receive, send
+from ckpt.keeper.shield import host_of
 from ckpt.keeper.wire import Holding, decode_holding, encode_redundancy
 from ckpt.plan import SHARD, Claim, Claims, merge
 from ckpt.snapshot.arena import Slot, rounded
@@ -52,6 +53,16 @@ def until(condition: Callable[[], Any], what: str, limit: float = WAIT) -> Any:
 def noise(key: Key, rank: int, nbytes: int) -> Bytes:
     """What a rank's tensor holds after a step."""
     return np.random.default_rng([*key, rank]).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def fill(out: Bytes, layout: PackLayout, data: Bytes) -> tuple[bytes, Bytes]:
+    """Makes a pack of one tensor; its header and block table."""
+    at, header = int(layout.offset[0]), pack_header(layout)
+    table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)], dtype="<u4").view(np.uint8)
+    out[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+    out[at : at + len(data)] = data
+    out[layout.table_offset : layout.table_offset + len(table)] = table
+    return header, table
 
 
 @dataclass
@@ -77,21 +88,15 @@ class Trainer:
     def pid(self) -> int:
         return self.link.keeper_pid
 
-    def seal(self, step: int) -> None:
-        """Fills the slot of a granted step, and says so."""
+    def seal(self, step: int, spoil: Callable[[Trainer, int, Bytes], None]) -> None:
+        """Fills the slot of a granted step, has it spoiled, and says that it is sealed."""
         assert self.layout is not None
         slot, layout, key = self.slots[self.granted.pop(step)], self.layout, (self.generation, step)
         slot.buffer[:] = noise(key, 1000 + self.rank, slot.size)
-        data = noise(key, self.rank, self.nbytes)
-        at, header = int(layout.offset[0]), pack_header(layout)
-        slot.buffer[: len(header)] = np.frombuffer(header, dtype=np.uint8)
-        slot.buffer[at : at + self.nbytes] = data
-        table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, self.nbytes, BLOCK)], dtype="<u4").view(
-            np.uint8
-        )
-        slot.buffer[layout.table_offset : layout.table_offset + len(table)] = table
+        header, table = fill(slot.buffer, layout, noise(key, self.rank, self.nbytes))
         report = pack_report(layout, header, table)
         self.sealed.add(step)
+        spoil(self, step, slot.buffer)
         self.link.tell("sealed", encode_report(report), copies={}, step=step, plan="plan", objects=[], metrics={})
 
     def announced(self) -> list[int]:
@@ -119,6 +124,9 @@ class Fleet:
         self.own = own or {}
         self.secret = ""
         self.trainers: dict[str, Trainer] = {}
+        self.laid: dict[tuple[int, str], tuple[int, int, PackLayout]] = {}  # rank, bytes, pack: by generation and host
+        self.proxies: dict[str, Proxy] = {}  # between a host and the others
+        self.spoil: Callable[[Trainer, int, Bytes], None] = lambda trainer, step, slot: None
         self.sealing = True
         self.pids: set[int] = set()
 
@@ -142,7 +150,10 @@ class Fleet:
         for t in self.trainers.values():
             port = int(t.link.ask("listen", timeout=WAIT, address="127.0.0.1", port=0)["port"])
             t.address = "127.0.0.1", port
-        where = {t.host: list(t.address) for t in self.trainers.values()}
+        for host, proxy in self.proxies.items():
+            proxy.target = self.trainers[host].address if host in self.trainers else proxy.target
+        away = {host: proxy.address for host, proxy in self.proxies.items()}
+        where = {t.host: list(away.get(t.host, t.address)) for t in self.trainers.values()}
         lead = hosts[0]
         for t in self.trainers.values():
             t.link.ask("peers", timeout=WAIT, hosts=where, secret=self.secret, lead=lead)
@@ -158,6 +169,7 @@ class Fleet:
         extents = []
         for t, s in zip(by_rank, spec, strict=True):
             t.layout = layout_pack([Piece(s, Box((0,), s.shape), None)])
+            self.laid[generation, t.host] = t.rank, t.nbytes, t.layout
             extents.append(rounded(t.layout.size))
             t.generation = generation
             t.heard.clear()
@@ -188,7 +200,7 @@ class Fleet:
                     t.granted[int(message["step"])] = int(message["slot"])
                     if self.sealing:
                         with suppress(CkptError):
-                            t.seal(int(message["step"]))
+                            t.seal(int(message["step"]), self.spoil)
 
         return heard
 
@@ -198,7 +210,7 @@ class Fleet:
         for t in self.trainers.values():
             with t.lock:
                 for step in sorted(t.granted) if sealing else ():
-                    t.seal(step)
+                    t.seal(step, self.spoil)
 
     def announced(self, at_least: int, hosts: Sequence[str] | None = None) -> int:
         """Waits until all of these hosts know a step as protected, at least so new; the newest."""
@@ -226,27 +238,33 @@ class Fleet:
     def holding(self, host: str) -> Holding:
         return decode_holding(self.ask(host, "inventory")["holding"])
 
+    def look(self, host: str) -> Frame:
+        """What the keeper of a host tells people."""
+        return self.trainers[host].link.ask("look", timeout=WAIT)
+
     def segment(self, host: str, key: Key) -> bytes:
         """What a host's part of a step must be: computed, not asked."""
-        t = self.trainers[host]
-        assert t.layout is not None
-        out = noise(key, 1000 + t.rank, rounded(t.layout.size))
-        data, at, header = noise(key, t.rank, t.nbytes), int(t.layout.offset[0]), pack_header(t.layout)
-        out[: len(header)] = np.frombuffer(header, dtype=np.uint8)
-        out[at : at + t.nbytes] = data
-        table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, t.nbytes, BLOCK)], dtype="<u4").view(np.uint8)
-        out[t.layout.table_offset : t.layout.table_offset + len(table)] = table
+        rank, nbytes, layout = self.laid[key[0], host]
+        out = noise(key, 1000 + rank, rounded(layout.size))
+        fill(out, layout, noise(key, rank, nbytes))
         return out.tobytes()
 
-    def parity(self, host: str, area: int) -> bytes:
-        """What really lies in a parity area of a keeper."""
+    def area(self, host: str, area: int) -> list[str]:
+        """The memory of a parity area of a keeper, as a file; and one that will take its place, if there is one."""
         pid, found = self.trainers[host].pid, {}
         for fd in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
                 if os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"/memfd:ckpt-parity-{area}"):
                     found[os.stat(f"/proc/{pid}/fd/{fd}").st_ino] = f"/proc/{pid}/fd/{fd}"
-        assert len(found) == 1, f"{len(found)} areas {area} of {host}"
-        return Path(found.popitem()[1]).read_bytes()
+        return list(found.values())
+
+    def flip_parity(self, host: str, area: int, at: int) -> None:
+        [path] = self.area(host, area)
+        with open(path, "r+b", buffering=0) as f:
+            f.seek(at)
+            byte = f.read(1)[0]
+            f.seek(at)
+            f.write(bytes([byte ^ 1]))
 
     def check(self, key: Key, hosts: Sequence[str] | None = None) -> Placement:
         """That every byte of parity of a step is what pyeclib says, on these hosts, and every segment what was sealed."""
@@ -254,7 +272,7 @@ class Fleet:
         held = {h: self.holding(h) for h in names}
         by_name = {held[h].inventory.host: h for h in names}
         placement = held[names[0]].inventory.whole[key]
-        segments = {h: self.segment(h, key) for h in self.trainers}
+        segments = {h: self.segment(h, key) for h in map(host_of, placement.names)}
         for h in names:
             assert held[h].inventory.whole[key] == placement
             got = b"".join(
@@ -267,7 +285,7 @@ class Fleet:
         for group in placement.groups:
             for stripe in group.stripes:
                 longest = stripe.parity[0][2] if stripe.parity else 0
-                chunks = [segments[name.rpartition("#")[0]][a:b].ljust(longest, b"\0") for name, a, b in stripe.data]
+                chunks = [segments[host_of(name)][a:b].ljust(longest, b"\0") for name, a, b in stripe.data]
                 expected = expected_parity(chunks, group.parity)
                 for (name, offset, n), bytes_ in zip(stripe.parity, expected, strict=True):
                     if name not in by_name:
@@ -275,8 +293,8 @@ class Fleet:
                     host = by_name[name]
                     areas = held[host].inventory.areas
                     [area] = [i for i, a in enumerate(areas) if a is not None and a.key == key]
-                    found = self.parity(host, area)[offset : offset + n]
-                    assert found == bytes_, f"parity of stripe {stripe.number} on {host} at {key}"
+                    found = [Path(path).read_bytes()[offset : offset + n] for path in self.area(host, area)]
+                    assert bytes_ in found and len(found) <= 2, f"parity of stripe {stripe.number} on {host} at {key}"
                     first = self.ask(host, "piece", key=list(key), what="parity", offset=offset, length=min(n, 1 << 20))
                     assert first.payload == bytes_[: 1 << 20] and first["crc"] == crc32c(first.payload)
         return placement
@@ -296,6 +314,11 @@ class Fleet:
     def resume(self, host: str) -> None:
         os.kill(self.trainers[host].pid, signal.SIGCONT)
 
+    def between(self, host: str) -> Proxy:
+        """From the next life on all that other hosts send to this one goes through a proxy."""
+        self.proxies[host] = Proxy()
+        return self.proxies[host]
+
     def leave(self) -> None:
         """All trainers end without a word; their keepers stay."""
         for t in self.trainers.values():
@@ -308,6 +331,8 @@ class Fleet:
         for pid in self.pids:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        for proxy in self.proxies.values():
+            proxy.close()
 
 
 def expected_parity(chunks: Sequence[bytes], m: int) -> list[bytes]:
@@ -347,6 +372,61 @@ class environment:
                 os.environ[k] = v
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return int(s.getsockname()[1])
+class Proxy:
+    """Passes on what comes, both ways, to `target`. `flip`: so many large reads from now one bit is changed; `cut` ends all
+    connections, and those that come, until it is `healed`."""
+
+    def __init__(self) -> None:
+        self.target = ("", 0)
+        self.flip = 0
+        self.passing = True
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.passing:
+                sock.close()
+                continue
+            try:
+                other = socket.create_connection(self.target, 5)
+            except OSError:
+                sock.close()
+                continue
+            other.settimeout(None)
+            self._open += [sock, other]
+            for a, b in ((sock, other), (other, sock)):
+                threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
+
+    def _pass(self, a: socket.socket, b: socket.socket) -> None:
+        with suppress(OSError):
+            while data := a.recv(1 << 16):
+                if len(data) > 1 << 12 and self.flip:
+                    self.flip -= 1
+                    if not self.flip:
+                        data = data[:1000] + bytes([data[1000] ^ 4]) + data[1001:]
+                b.sendall(data)
+        for sock in (a, b):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        self.passing = False
+        for sock in self._open:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def heal(self) -> None:
+        self.passing = True
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+        for sock in self._open:
+            sock.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import Fleet
+from fleet import Fleet, Trainer, alive, until
 
 from ckpt.config import ErasureCode, Replicas
+from ckpt.keeper.groups import Placement
+from ckpt.keeper.shield import host_of
 
 MIB = 1 << 20
 Made = Callable[..., Fleet]
@@ -54,3 +58,170 @@ def test_every_byte_of_parity(made: Made, count: int, redundancy: Any) -> None:
     placement = fleet.check(key)
     [group] = placement.groups
     assert len(group.hosts) == count and key[1] >= 4
+
+
+def begun(fleet: Fleet, generation: int = 1, start: int = 0, names: list[str] | None = None) -> Fleet:
+    fleet.attach(names or sorted(fleet.sizes))
+    for answer in fleet.begin(generation, start):
+        assert not answer.head.keys() & {"error", "why"}, answer
+    return fleet
+
+
+def covered(fleet: Fleet, of: list[str] | None = None) -> tuple[int, int]:
+    """The newest step that all hosts which are left have encoded in full, with fewer missing than its groups have parity:
+    every byte of it is checked."""
+    held = [fleet.holding(h) for h in of or fleet.trainers]
+    names = {h.inventory.host for h in held}
+    found = []
+    for key, placement in {k: p for h in held for k, p in h.inventory.whole.items()}.items():
+        mine = [h.inventory for h in held if h.inventory.host in placement.names]
+        if all(any(i.areas[n] is not None and i.areas[n].key == key for n in (0, 1)) for i in mine) and borne(
+            placement, names
+        ):
+            found.append(key)
+    assert found, [h.inventory for h in held]
+    fleet.check(max(found), [host_of(n) for n in held[0].inventory.whole[max(found)].names & names])
+    return max(found)
+
+
+def borne(placement: Placement, there: set[str]) -> bool:
+    return all(len(g.names - there) <= g.parity for g in placement.groups)
+
+
+@pytest.mark.parametrize("point", ["started#3", "sending#9", "folding#9", "encoded#3"])
+def test_a_host_dies_while_a_step_is_encoded(made: Made, point: str) -> None:
+    """What was announced is there in full on those that are left, and stays until their next life has announced a step."""
+    fleet = made(hosts(4), ErasureCode(3, 1), own={"h2": {"CKPT_FAULT": f"kill@shield {point}"}})
+    begun(fleet)
+    until(lambda: not alive(fleet.trainers["h2"].pid), "h2 dies")
+    fleet.kill("h2")
+    until(lambda: fleet.look("h0")["lost"] == ["h2"], "the seat has noticed")
+    last = max(max(t.announced(), default=-1) for t in fleet.trainers.values())
+    key = covered(fleet)
+    assert key[1] >= last >= 0
+    fleet.leave()
+    fleet.seal(False)
+    begun(fleet, 2, key[1] + 1, ["h0", "h1", "h3"])
+    assert covered(fleet) == key, "as long as nothing newer is protected"
+    fleet.seal(True)
+    fleet.announced(key[1] + 3)
+    now = fleet.rest()
+    assert now[0] == 2 and len(fleet.check(now).groups[0].hosts) == 3
+
+
+def test_two_of_six_are_lost_and_four_go_on(made: Made) -> None:
+    fleet = begun(made(hosts(6), ErasureCode(4, 2)))
+    fleet.announced(2)
+    key = fleet.rest()
+    fleet.kill("h0")
+    fleet.kill("h4")
+    fleet.leave()
+    begun(fleet, 2, key[1] + 1, ["h1", "h2", "h3", "h5"])
+    assert covered(fleet) == key
+    fleet.seal(True)
+    fleet.announced(key[1] + 2)
+    placement = fleet.check(fleet.rest())
+    assert [len(g.hosts) for g in placement.groups] == [4] and placement.groups[0].parity == 2
+
+
+def test_nothing_moves_while_a_restart_looks_around(made: Made) -> None:
+    """Pinned keepers refuse what the seat of before orders; the next life goes on."""
+    fleet = begun(made(hosts(3), Replicas(2)))
+    fleet.announced(1)
+    held = {host: fleet.ask(host, "pin")["holding"] for host in fleet.trainers}
+    key = covered(fleet)
+    until(lambda: all(t.said("lagging") for t in fleet.trainers.values()), "the trainers hear of it")
+    assert covered(fleet) == key
+    assert all(fleet.ask(host, "inventory")["holding"]["areas"] == held[host]["areas"] for host in held)
+    fleet.leave()
+    begun(fleet, 2, 100)
+    fleet.announced(102)
+    fleet.check(fleet.rest())
+
+
+def test_damage_in_a_slot_is_not_encoded(made: Made) -> None:
+    """The step is not protected, the next one is; and what is damaged later is not given away."""
+
+    def spoil(trainer: Trainer, step: int, slot: Any) -> None:
+        if (trainer.host, step) == ("h1", 3):
+            slot[1 << 20] ^= 1
+
+    fleet = made(hosts(4), ErasureCode(3, 1))
+    fleet.spoil = spoil
+    begun(fleet)
+    fleet.announced(5)
+    key = fleet.rest()
+    assert all(3 not in t.announced() for t in fleet.trainers.values())
+    fleet.check(key)
+    slot = fleet.trainers["h2"].slots[fleet.holding("h2").slots[key]]
+    slot.buffer[(1 << 20) + 5] ^= 1
+    refused = fleet.ask("h2", "piece", key=list(key), what="segment", offset=1 << 20, length=1 << 12)
+    assert refused.kind == "refused" and refused["error"][0] == "integrity"
+    assert fleet.ask("h2", "piece", key=list(key), what="segment", offset=0, length=1 << 12).kind == "answer"
+    assert fleet.holding("h2").inventory.spoiled == {key}
+
+
+def test_damage_in_parity_is_not_given_away(made: Made) -> None:
+    fleet = begun(made(hosts(3), Replicas(2)))
+    fleet.announced(1)
+    key = fleet.rest()
+    [area] = [n for n, a in enumerate(fleet.holding("h1").inventory.areas) if a is not None and a.key == key]
+    fleet.flip_parity("h1", area, (1 << 20) + 77)
+    refused = fleet.ask("h1", "piece", key=list(key), what="parity", offset=1 << 20, length=100)
+    assert refused.kind == "refused" and refused["error"][0] == "integrity"
+    assert fleet.ask("h1", "piece", key=list(key), what="parity", offset=0, length=100).kind == "answer"
+    assert fleet.holding("h1").inventory.spoiled == {key}
+
+
+def test_a_bit_that_flips_on_the_way(made: Made) -> None:
+    """It is noticed, said, and the step is encoded from zero."""
+    fleet = made(hosts(4), ErasureCode(3, 1))
+    proxy = fleet.between("h1")
+    begun(fleet)
+    fleet.announced(1)
+    proxy.flip = 20
+    until(lambda: fleet.trainers["h0"].said("lagging"), "it is said")
+    assert "changed on its way" in fleet.trainers["h0"].said("lagging")[0]["why"]
+    now = max(fleet.trainers["h0"].announced())
+    fleet.announced(now + 2)
+    fleet.check(fleet.rest())
+
+
+def test_a_keeper_that_is_stopped_for_a_while(made: Made) -> None:
+    """Protection waits for it, says so, and goes on when it is back."""
+    own = {"h1": {"CKPT_FAULT": "stop@shield folding#9"}}
+    fleet = begun(made(hosts(3), Replicas(2), env={"CKPT_PROTECT_PATIENCE": "1"}, own=own))
+    until(lambda: fleet.trainers["h0"].said("lagging"), "it is said")
+    now = max(fleet.trainers["h0"].announced())
+    covered(fleet, ["h0", "h2"])
+    fleet.resume("h1")
+    fleet.announced(now + 3)
+    fleet.check(fleet.rest())
+
+
+def test_a_seat_that_is_cut_off_for_a_while(made: Made) -> None:
+    """Nothing is protected meanwhile; once the keepers find one another again that goes on in the same life."""
+    fleet = made(hosts(3), Replicas(2))
+    proxy = fleet.between("h0")
+    begun(fleet)
+    fleet.announced(1)
+    proxy.cut()
+    until(lambda: fleet.look("h0")["lost"] == ["h1", "h2"], "the seat has lost sight of the others")
+    now = max(fleet.trainers["h0"].announced())
+    proxy.heal()
+    fleet.announced(now + 3)
+    assert fleet.look("h0")["lost"] == []
+    fleet.check(fleet.rest())
+
+
+def test_a_keeper_without_memory_for_parity(made: Made) -> None:
+    """Every trainer is to hear of it before training begins; with numbers."""
+    fleet = made(hosts(3, 64 * MIB), Replicas(2))
+    fleet.attach(sorted(fleet.sizes))
+    pages = int(Path(f"/proc/{fleet.trainers['h1'].pid}/statm").read_text().split()[0])
+    room = pages * os.sysconf("SC_PAGE_SIZE") + 48 * MIB
+    resource.prlimit(fleet.trainers["h1"].pid, resource.RLIMIT_AS, (room, room))
+    answers = fleet.begin(1)
+    assert [("error" in a.head) for a in answers] == [False, True, False]
+    kind, text = answers[1]["error"]
+    assert kind == "capacity" and "h1 is to keep parity" in text and "MiB" in text
