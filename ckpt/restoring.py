@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckpt import faults
 from ckpt.backends import Backend
 from ckpt.catalog import Step as Listed
 from ckpt.catalog import lineage, list_run
@@ -33,6 +34,7 @@ def restore_newest(
     recalled = kept.recall() if kept is not None else Recalled()
     for key, why in recalled.missed:
         log.warning("ckpt: step %d of generation %d cannot be had from memory: %s", key[1], key[0], why)
+    faults.point("recovery chosen")
     inside = {_MEMORY + step_folder(s.key[1], s.key[0]): s for s in recalled.steps}
     keys = [s.key for s in recalled.steps]
     answer = group.round("restore", b"", lambda _: "\n".join(_candidates(backend, keys)).encode()).decode()
@@ -69,6 +71,7 @@ def _from_memory(state: Any, options: LoadOptions, group: Group, kept: Kept, ste
     try:
         group.round("open in memory", opened if isinstance(opened, Exception) else b"", lambda _: b"")
         assert not isinstance(opened, Exception)
+        faults.point("recovery opened")
         return load_folder(state, opened, step_folder(key[1], key[0]), options, group)
     except (IntegrityError, FormatError):
         damaged = True

@@ -84,8 +84,9 @@ class Member:
 
     def meet(self, group: Group) -> None:
         """Collective: the keepers of all hosts get to know one another. With one host there is nothing to say."""
-        letter = json.dumps([self._host, *(self._told[what] for what in ("secret", "newest", "known"))]).encode()
-        ranks, secret, known = json.loads(group.round("keepers", letter, _introduce))
+        mine_told = [self._told[what] for what in ("secret", "newest", "known", "generation")]
+        letter = json.dumps([self._host, *mine_told]).encode()
+        ranks, secret, known, generation = json.loads(group.round("keepers", letter, _introduce))
         hosts: dict[str, list[Any]] = {}
         if len(set(ranks.values())) > 1:
             try:
@@ -95,7 +96,7 @@ class Member:
             found = group.round("addresses", mine, lambda all_: json.dumps([json.loads(x) for x in all_]).encode())
             hosts = {host: [address, port] for host, address, port in json.loads(found)}
         self.ranks = ranks
-        self._peers = {"hosts": hosts, "secret": secret, "lead": ranks["0"]}
+        self._peers = {"hosts": hosts, "secret": secret, "lead": ranks["0"], "generation": generation}
         self._reach = {host: (str(a), int(p)) for host, (a, p) in {**known, **hosts}.items()}
         self._tell_peers()
 
@@ -182,15 +183,15 @@ def own_address(bind: str) -> str:
 
 
 def _introduce(letters: Sequence[bytes]) -> bytes:
-    """([rank: host], the job's secret, address by host): the secret is the one that most keepers of those with the newest
+    """([rank: host], the job's secret, address by host, the last life that any keeper took part in): the secret is the one that most keepers of those with the newest
     step know, else a new one; a spare, or a host that was away, may know another or none."""
     told = [json.loads(text) for text in letters]
     ranks = {str(rank): host for rank, (host, *_) in enumerate(told)}
     newest: dict[str, list[Any]] = {}
-    count = Counter(secret for _, secret, _, _ in told if secret)
+    count = Counter(secret for _, secret, *_ in told if secret)
     known: dict[str, list[Any]] = {}
-    for _, secret, key, addresses in sorted(told, key=lambda t: (t[2], t[0])):
+    for _, secret, key, addresses, _ in sorted(told, key=lambda t: (t[2], t[0])):
         newest[secret] = max(key, newest.get(secret, [-1, -1]))
         known |= addresses  # those told by who has newer steps win
     best = max(count, key=lambda secret: (newest[secret], count[secret], secret), default="")
-    return json.dumps([ranks, best or os.urandom(32).hex(), known]).encode()
+    return json.dumps([ranks, best or os.urandom(32).hex(), known, max(t[4] for t in told)]).encode()

@@ -176,6 +176,7 @@ class Keeper:
             untold=untold,
             known=self.uplink.addresses,
             newest=max(self.vault.held, default=(-1, -1)),
+            generation=self.life.generation if self.life else -1,
         )
 
     def _on_listen(self, peer: Peer, message: Frame) -> Frame:
@@ -193,7 +194,8 @@ class Keeper:
             del self.uplink.addresses[host]
         self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
-        if self.uplink.lead(str(message["lead"])):
+        behind = self.life is not None and self.life.generation < int(message["generation"])  # it was out of reach
+        if self.uplink.lead(str(message["lead"])) or behind:
             self.seat = self._new_seat()
         self.uplink.reach()
         return frame("answer")

@@ -27,7 +27,7 @@ __all__ = ["Recalled", "Step", "recall"]
 
 log = logging.getLogger("ckpt")
 _SOON = 0.5  # seconds in which a host without trainers answers, if it is there
-_LATE = 10.0  # seconds that it is given where all depends on it
+_LATE = 5.0  # seconds that it is given where all depends on it
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ckpt.snapshot import arena
 
 WAIT = 60.0
 WIDE = 300_000  # more than one chunk of a copy
-ROWS = 24  # for as many ranks as divide it
+ROWS = 120  # for as many ranks as divide it
 _SUBREAPER = 36
 
 _SOURCE = "\n".join(p.read_text() for p in sorted(Path(ckpt.__file__).parent.rglob("*.py")))
@@ -308,6 +308,16 @@ class Job:
                 now = name == point and left[0] == 0
             if now:
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+
+        faults.install(hook)
+
+    def fault_of(self, pid: int, point: str) -> None:
+        """Kills another process when this one passes there."""
+
+        def hook(name: str) -> None:
+            if name == point:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
         faults.install(hook)
 
