@@ -81,15 +81,16 @@ class Averages:
         self._leaves: frozenset[str] = frozenset()
         self._progress: dict[str, Progress] = {}
         self._seed: Slot | None = None
-        self._slots: dict[int, int] = {}  # step -> slot, granted or whole
-        self._whole: int | None = None  # the newest step that is whole, of this life,
-        self._told: dict[str, Progress] = {}  # and what was told of its averages
+        self._plan = ""
+        self._slots: dict[int, tuple[int, str]] = {}  # step -> slot and plan; granted, or whole and there yet
+        self._whole: dict[int, dict[str, Progress]] = {}  # steps of this life that were whole, what was told of them
         self.views: dict[str, AverageView] = {}
 
     @property
     def progress(self) -> Mapping[str, Progress]:
         """What they remember, as of the newest step that is whole, or as this life began."""
-        return self._told or self._progress
+        whole = self._whole
+        return whole[max(whole)] if whole else self._progress
 
     # What is averaged.
 
@@ -130,11 +131,12 @@ class Averages:
         )
 
     def key(self, plan: str) -> str:
-        """The name of such a plan."""
-        if not self.rules:
-            return plan
-        text = json.dumps([self._names, sorted(self._leaves)])
-        return f"{plan}+{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        """The name of such a plan, which is the one in force from now on."""
+        self._plan = plan
+        if self.rules:
+            text = json.dumps([self._names, sorted(self._leaves)])
+            self._plan = f"{plan}+{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        return self._plan
 
     def _pairs(self, work: Work) -> list[tuple[Piece, list[Piece]]]:
         return averaged_pieces(work.pieces, self._names, self._leaves)
@@ -220,37 +222,47 @@ class Averages:
                 "ckpt: begin with the value of now, as %s does not have them: %s", folder, ", ".join(sorted(absent)[:8])
             )
 
-    def take_own(self, work: Work, slots: Mapping[int, Slot]) -> bytes:
-        """Takes up what lies in this rank's own slots, as of the newest step that was whole: all that is left when a keeper
+    def _own(self) -> list[int]:
+        """Steps whose averages lie in this rank's own slots, cut as the plan in force cuts them."""
+        slots = self._slots
+        return sorted(s for s in self._whole if slots.get(s, (0, ""))[1] == self._plan)
+
+    def take_own(self, work: Work, slots: Mapping[int, Slot], step: int | None = None) -> bytes:
+        """Takes up what lies in this rank's own slots as of `step`, the newest by default: all that is left when a keeper
         dies. Returns why there is nothing, if so."""
-        step = self._whole
+        own = [s for s in self._own() if s == step or step is None]
         self._drop()
-        self._progress = {name: Progress(rule.spec) for name, rule in self.rules.items()}
-        if not self.rules or not self._told:
-            return b""
-        if step is None or self._slots.get(step) not in slots:
-            return b"no step of this rank's memory is known to be whole"
-        self._progress = dict(self._told)
-        log.warning("ckpt: the averages go on from step %d, which is left in this rank's memory", step)
+        if not own:
+            began = self.rules and self._whole
+            self._progress = {name: Progress(rule.spec) for name, rule in self.rules.items()}
+            return b"no step of this rank's memory is known to be whole" if began else b""
+        self._progress = dict(self._whole[own[-1]])
+        log.warning("ckpt: the averages go on from step %d, which is left in this rank's memory", own[-1])
         pieces = [p for _, many in self._pairs(work) for p in many]
         if pieces:
             size, at = layout_pack(pieces).size, pack_start(work.layout.size)
             self._seed = Slot(size, f"ckpt-seed-{self._rank}")
-            np.copyto(self._seed.buffer[:size], slots[self._slots[step]].buffer[at : at + size])
+            np.copyto(self._seed.buffer[:size], slots[self._slots[own[-1]][0]].buffer[at : at + size])
         return b""
 
     def read_held(self, work: Work, sources: Sequence[Source], member: Member, group: Group) -> None:
-        """Collective: under a new plan they go on from the newest step that all hosts hold."""
+        """Collective: under a new plan they go on from the newest step that all hosts hold; else, if the plan is the same,
+        from the newest that is left in the slots of all ranks."""
         if not self.rules:
             return
         steps = member.recall(group, pin=False).steps
+        own = json.loads(group.round("held", json.dumps(self._own()).encode(), _left))
 
         def origin() -> tuple[Backend, str]:
             if not steps:
                 raise NotFoundError("no step is left in the memory of all hosts")
             return member.open(steps[0]), step_folder(steps[0].key[1], steps[0].key[0])
 
-        why = group.round("averages", self.read(work, sources, origin), max)
+        if not steps and own is not None:
+            why = self.take_own(work, member.slots, own)
+        else:
+            why = self.read(work, sources, origin)
+        why = group.round("averages", why, max)
         member.done_reading()
         self.hand_over(member, why)
 
@@ -288,24 +300,26 @@ class Averages:
 
     def granted(self, step: int, slot: int) -> None:
         """A slot is about to be written to."""
-        self._slots = {s: n for s, n in self._slots.items() if n != slot} | {step: slot}
+        self._slots = {s: at for s, at in self._slots.items() if at[0] != slot} | {step: (slot, self._plan)}
+        newest = max(self._whole, default=-1)
+        self._whole = {s: p for s, p in self._whole.items() if s in self._slots or s == newest}
 
     def whole(self, step: int, told: Mapping[str, Any] | None) -> None:
         """A step is whole in memory, with its averages."""
         if not told:
             return
-        self._whole, self._told = step, decode_progress(str(told["progress"]), "the keeper")
+        progress = decode_progress(str(told["progress"]), "the keeper")
+        self._whole = {**self._whole, step: progress}  # the training thread reads the old one meanwhile
         if told["refused"] and self._rank == 0:
             log.warning("ckpt: step %d does not count in any average: %s", step, told["refused"])
         self.views = {
             name: AverageView(p.spec, p.folds, p.refused, p.step, float(told["drift"].get(name, 0.0)))
-            for name, p in self._told.items()
+            for name, p in progress.items()
         }
 
     def forget(self) -> None:
         """A life begins: what was whole belongs to another."""
-        self._slots.clear()
-        self._whole, self._told, self.views = None, {}, {}
+        self._slots, self._whole, self.views = {}, {}, {}
 
 
 def _take(source: Source, kind: str, out: np.ndarray[Any, Any]) -> None:
@@ -318,3 +332,8 @@ def _take(source: Source, kind: str, out: np.ndarray[Any, Any]) -> None:
         block = np.empty(n * item, dtype=np.uint8)
         source.into(at * item, block)
         fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], room, guarded=False)
+
+
+def _left(letters: Sequence[bytes]) -> bytes:
+    """The newest step that all ranks have in slots of their own, or None."""
+    return json.dumps(max(set.intersection(*(set(json.loads(text)) for text in letters)), default=None)).encode()

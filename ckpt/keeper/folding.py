@@ -289,6 +289,10 @@ class Folding:
     def _begin(self, step: int, rank: int, part: Frame, refuse: str) -> None:
         known, stop, marks = self._ranks[rank], self._stop, self._marks.get(step, {})
         slot, base = self._open[step], known.base
+        if base.pack is not None and np.may_share_memory(base.pack, self._memory(rank, slot).writable):
+            base = known.base = replace(
+                base, pack=base.pack.copy()
+            )  # of a step that counts no more: nothing is in place
         self._running.add((step, rank))
         self.busy += 1
 

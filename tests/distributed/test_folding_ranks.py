@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -87,27 +90,27 @@ def _life(rank: int, world: int, run: str, layout: str, steps: int, close: bool)
     return out
 
 
-def _oracle(steps: int, rule: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The averages of `content` over the first steps, by numpy alone; what is frozen or an integer is the last step's."""
+def _oracle(steps: list[int], rule: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The averages of `content` over steps, by numpy alone; what is frozen is the last step's."""
     out = {}
     if rule == "ema":
-        rates = [1.0] + [-np.expm1(-np.log(2) / 3)] * (steps - 1)
+        rates = [1.0, *(-np.expm1(-np.log(2) * gap / 3) for gap in np.diff(steps))]
     else:
-        logs = -2.0 * np.log(LOSS[:steps])
+        logs = -2.0 * np.log([LOSS[s % len(LOSS)] for s in steps])
         totals = np.logaddexp.accumulate(logs)
         rates = list(np.exp(logs - totals))
     model = Net()
     for name, p in model.state_dict().items():
         stored = name.replace("head.", "embed.")
         a = np.zeros(p.shape, dtype=np.float32)
-        for step in range(steps):
+        for n, step in enumerate(steps):
             x = content(stored, p.shape, step).numpy()
-            a = x if not step or name == "blocks.0.norm.bias" else a + np.float32(rates[step]) * (x - a)
+            a = x if not n or name == "blocks.0.norm.bias" else a + np.float32(rates[n]) * (x - a)
         out[name] = a
     return out
 
 
-def _same(found: dict[str, Any], steps: int, rule: str) -> None:
+def _same(found: dict[str, Any], steps: list[int], rule: str) -> None:
     for name, value in _oracle(steps, rule).items():
         assert np.array_equal(found[name], value), (rule, name)
 
@@ -116,20 +119,20 @@ def _same(found: dict[str, Any], steps: int, rule: str) -> None:
 def test_every_layout_gives_the_same_bits(pool: Pool, tmp_path: Path, layout: str, world: int) -> None:
     run = str(tmp_path / "run")
     for found in pool.run(_life, run, layout, 3, True, world=world, env=ENV):
-        _same(found["ema"], 3, "ema")
-        _same(found["late"], 3, "late")
+        _same(found["ema"], [0, 1, 2], "ema")
+        _same(found["late"], [0, 1, 2], "late")
     with ckpt.open(run) as c:
         assert c.verify().ok
         for rule in RULES:
             stored = {n.removeprefix(f"averages.{rule}.model.") for n in c.tensors if n.startswith(f"averages.{rule}.")}
             assert stored == set(Net().state_dict()) - {"blocks.0.norm.bias", "head.weight"} | {"head.weight"} & stored
-            expected = _oracle(3, rule)
+            expected = _oracle([0, 1, 2], rule)
             for name in stored:
                 assert np.array_equal(c.tensors[f"averages.{rule}.model.{name}"][...], expected[name])
     model = Net()  # on another layout, without the job
     ckpt.load({"model": model}, run, rename={"averages.ema.model": "model"}, allow_missing=["model.*"])
     mine = {k: v.numpy() for k, v in model.state_dict().items() if k != "blocks.0.norm.bias"}
-    assert all(np.array_equal(v, _oracle(3, "ema")[k]) for k, v in mine.items())
+    assert all(np.array_equal(v, _oracle([0, 1, 2], "ema")[k]) for k, v in mine.items())
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -138,8 +141,72 @@ def test_they_go_on_in_other_worlds(pool: Pool, tmp_path: Path, stored: bool) ->
     run = str(tmp_path / "run")
     pool.run(_life, run, "hsdp", 2, stored, world=4, env=ENV)
     for found in pool.run(_life, run, "fsdp", 2, stored, world=2, env=ENV):
-        _same(found["was"], 2, "ema")
-        _same(found["ema"], 4, "ema")
+        _same(found["was"], [0, 1], "ema")
+        _same(found["ema"], [0, 1, 2, 3], "ema")
     (found,) = pool.run(_life, run, "single", 1, True, world=1, env=ENV)
     for rule in RULES:
-        _same(found[rule], 5, rule)
+        _same(found[rule], [0, 1, 2, 3, 4], rule)
+
+
+def _two_hosts(rank: int, world: int, run: str, what: str) -> tuple[list[int], dict[str, Any], list[str]]:
+    """Two hosts; something happens to one of them after the second step. (Steps that should count, averages, what was said.)"""
+    os.environ["CKPT_HOST"] = f"h{rank}"
+    said: list[str] = []
+    log, ear = logging.getLogger("ckpt"), Ear(said)
+    log.addHandler(ear)
+    try:
+        state = _state("fsdp", rank, world)
+        cp = ckpt.Checkpointer(run, state, memory=ckpt.Every(1), averages=RULES)
+        cp.restore()
+        cp._kept.begin(state, 0)
+        keeping = cp._kept._keeping
+        for step in (0, 1):
+            _step(cp, state, step)
+        if what.startswith("h") and rank == int(what[1]):
+            os.kill(keeping.member.link.keeper_pid, signal.SIGKILL)
+        dist.barrier()
+        counted, step = [0, 1], 2
+        until = time.monotonic() + WAIT
+        while len(counted) < 4:
+            assert time.monotonic() < until, counted
+            cp.fence()
+            fill(state["model"], state["optimizer"], step)
+            if what == "nan" and step == 2:
+                _granted(cp, step)
+                if rank == 1:
+                    with torch.no_grad():
+                        state["model"].odd.to_local().fill_(torch.nan)
+            if what == "leaf" and step == 2:  # the ranks agree on another plan
+                state["more"] = torch.arange(5.0)
+            handle = cp.step(step, {"loss": LOSS[step % len(LOSS)]})
+            assert handle is None or handle.done(WAIT)
+            mine = torch.tensor([int(handle is not None and handle.committed())])
+            dist.all_reduce(mine)  # and all wait for one another
+            assert int(mine) in (0, world), f"step {step} is whole for some"
+            counted += [step] * (int(mine) == world and not (what == "nan" and step == 2))
+            step += 1
+        out = {name: _full(cp.average(name)) for name in RULES}
+        views = {name: (v.folds, v.refused) for name, v in cp.averages.items()}
+        cp.close()
+    finally:
+        log.removeHandler(ear)
+    return counted, {**out, "views": views}, said
+
+
+class Ear(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+@pytest.mark.parametrize("what", ["nan", "leaf", "h0", "h1"])
+def test_what_happens_on_one_host_is_the_same_for_all(pool: Pool, tmp_path: Path, what: str) -> None:
+    """One rank's part is not finite: none folds. The plan changes, or a keeper dies: the averages go on."""
+    for counted, found, said in pool.run(_two_hosts, str(tmp_path / "run"), what, world=2, env=ENV):
+        for rule in RULES:
+            _same(found[rule], counted, rule)
+            assert found["views"][rule] == (len(counted), int(what == "nan"))
+        assert not any("begin anew" in line for line in said)
