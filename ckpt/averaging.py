@@ -42,6 +42,7 @@ __all__ = ["AverageView", "Averages", "Origin", "check_rules"]
 
 log = logging.getLogger("ckpt")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Key = tuple[int, int]
 Origin = Callable[[], tuple[Backend, str] | None]
 """Opens the checkpoint that a life begins with, for the averages in it: a backend, which is closed, and a folder."""
 

@@ -28,7 +28,7 @@ from ckpt import faults
 from ckpt.config import Every, Settings
 from ckpt.errors import CkptError, ConflictError, IntegrityError, to_wire
 from ckpt.format.codec import parse_codecs
-from ckpt.keeper.folding import Folding
+from ckpt.keeper.averaging import Averaging
 from ckpt.keeper.holding import write_packs
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame, frame
@@ -61,7 +61,7 @@ class Keeper:
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
         self._service = Service(self.loop, self.vault, self.shield, self.uplink.tell)
-        self.folding = Folding(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
+        self.averaging = Averaging(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
@@ -91,7 +91,7 @@ class Keeper:
         self._storage.shutdown()
 
     def _over(self) -> bool:
-        if self._busy or self.seat.busy or self.folding.busy:
+        if self._busy or self.seat.busy or self.averaging.busy:
             return False
         return self._ending or (self._until is not None and self.clock() >= self._until)
 
@@ -123,7 +123,7 @@ class Keeper:
                     raise ConflictError(f"{message.kind!r} from somebody who has not attached")
                 answer = asked or getattr(self, f"_on_{message.kind}", None)
                 if message.kind in ("pin", "inventory"):  # what is being folded will be whole, or not, by then
-                    self.folding.settled(-1, lambda: self._answer(peer, message, answer))
+                    self.averaging.settled(-1, lambda: self._answer(peer, message, answer))
                 else:
                     self._answer(peer, message, answer)
             elif peer.role == "caller":
@@ -215,7 +215,7 @@ class Keeper:
             self._granted.clear()
             if message["redundancy"] is None:  # nobody will say that the life has begun
                 self.shield.pinned = False
-            self.folding.begin(self.life.world)
+            self.averaging.begin(self.life.world)
             if self.uplink.here:
                 memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
                 extents = tuple(int(n) for n in message["extents"])
@@ -233,7 +233,7 @@ class Keeper:
 
     def _on_averages(self, peer: Peer, message: Frame) -> Frame:
         """What a rank's running averages are, as of where it begins."""
-        self.folding.seed(peer.rank, message)
+        self.averaging.seed(peer.rank, message)
         return frame("answer")
 
     def _on_ready(self, peer: Peer, message: Frame) -> None:
@@ -251,7 +251,7 @@ class Keeper:
     def _on_sealed(self, peer: Peer, message: Frame) -> None:
         if "marks" in message.head and peer.rank == 0:
             self._order(frame("weigh", step=message["step"], marks=message["marks"]))
-        self.folding.sealed(peer.rank, message)
+        self.averaging.sealed(peer.rank, message)
 
     def _on_missed(self, peer: Peer, message: Frame) -> None:
         self.uplink.tell(Frame("missed", {**message.head, "rank": peer.rank}))
@@ -274,7 +274,7 @@ class Keeper:
         if peer.rank < 0:
             return self._look()
         number = message["id"]
-        self.folding.settled(-1, lambda: self.loop.tell(peer, frame("answer", id=number, **self._look().head)))
+        self.averaging.settled(-1, lambda: self.loop.tell(peer, frame("answer", id=number, **self._look().head)))
         return None
 
     def _look(self) -> Frame:
@@ -310,9 +310,9 @@ class Keeper:
         elif peer.role == "trainer":
             if peer.living:
                 left = frame("left", rank=peer.rank, why="its trainer is gone")
-                self.folding.settled(peer.rank, lambda: self.uplink.tell(left))
+                self.averaging.settled(peer.rank, lambda: self.uplink.tell(left))
             if peer.rank >= 0:
-                self.folding.settled(-1, lambda: self._deserted(peer.closed))
+                self.averaging.settled(-1, lambda: self._deserted(peer.closed))
 
     def _deserted(self, closed: bool) -> None:
         """If no trainer is left."""
@@ -344,7 +344,7 @@ class Keeper:
     def _obey(self, order: Frame) -> None:
         kind = order.kind
         if kind in ("weigh", "refuse"):
-            self.folding.obey(order)
+            self.averaging.obey(order)
             return
         if kind == "plan":
             self.vault.plan(str(order["key"]), order.payload)
@@ -364,13 +364,13 @@ class Keeper:
             faults.point("keeper complete")
             told = {"storing": order["storing"], "averages": order["averages"]}
             self._tell_trainers(frame("complete", step=order["key"][1], **told))
-            self.folding.obey(order)
+            self.averaging.obey(order)
         elif kind == "synced":
             self.uplink.synced(order)
         elif kind in ("fence", "lay", "start", "abandon"):
             self.shield.obey(order)
         else:
-            self.folding.obey(order)
+            self.averaging.obey(order)
             if kind == "announced":
                 self.shield.obey(order)
             if kind == "grant":

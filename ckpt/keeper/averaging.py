@@ -31,7 +31,7 @@ from ckpt.merge.average import NotFinite, Progress, Room, advance, fold, norm
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report
 
-__all__ = ["Folding"]
+__all__ = ["Averaging"]
 
 log = logging.getLogger("ckpt.keeper")
 Bytes = npt.NDArray[np.uint8]
@@ -159,7 +159,7 @@ class _Rank:
     lock: threading.Lock
 
 
-class Folding:
+class Averaging:
     """Lives in the keeper's loop; the folds themselves are done by threads.
 
     later    has the loop do something
