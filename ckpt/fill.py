@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ckpt.backends import Backend
+from ckpt.backends.base import ReadsAhead
 from ckpt.config import settings
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
@@ -22,6 +23,7 @@ from ckpt.stored import ReadStats
 __all__ = ["Fill", "fill", "planned"]
 
 _STAGE = 64 << 20
+_REQUESTS = 8  # that a store is asked at once
 
 
 class Fill(NamedTuple):
@@ -38,14 +40,14 @@ def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fil
     `world`: how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do.
     Raises what `read_targets` does.
     """
-    threads = settings().readers or _threads(world)
+    threads = settings().readers or (_REQUESTS if isinstance(backend, ReadsAhead) else _threads(world))
     direct = [Target(w.tensor, w.box, _as_numpy(w.view)) for w in wanted if _in_place(manifest, w)]
     staged = [w for w in wanted if not _in_place(manifest, w)]
-    stats = read_targets(backend, folder, manifest, direct, threads=threads)
+    stats = read_targets(backend, folder, manifest, direct, threads=threads, at_once=True)
     for batch in _batches(staged):
         fresh = [torch.empty(b.shape, dtype=getattr(torch, manifest.tensors[t].dtype)) for t, b, _ in batch]
         targets = [Target(t, b, _as_numpy(new)) for (t, b, _), new in zip(batch, fresh, strict=True)]
-        more = read_targets(backend, folder, manifest, targets, threads=threads)
+        more = read_targets(backend, folder, manifest, targets, threads=threads, at_once=True)
         stats = ReadStats(stats.needed + more.needed, stats.read + more.read)
         for item, new in zip(batch, fresh, strict=True):
             item.view.copy_(new)

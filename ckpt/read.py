@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
+from ckpt.backends.base import ReadsAhead
 from ckpt.errors import FormatError
 from ckpt.format.codec import BLOCK, n_blocks
 from ckpt.format.dtypes import dtype
@@ -27,6 +29,7 @@ __all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
 _JOB = 1 << 20  # bytes of one read: few enough to be checked while still in the core's own cache
+_RANGE = 8 << 20  # where a read is a request over a network
 _SCRATCH = 4 << 20
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
 
@@ -222,30 +225,53 @@ def read_targets(
     targets: Sequence[Target],
     *,
     threads: int = 2,
+    at_once: bool = False,
     progress: Callable[[int], None] | None = None,
     opened: dict[int, Pack] | None = None,
 ) -> ReadStats:
     """Fills all targets from the packs under `folder`. Returns what it took.
 
-    Uses `threads` threads with 4 MiB of scratch memory each. `opened`: packs that a call before this one has opened, by
-    index; afterwards those that this one needed. Raises IntegrityError naming file, block and tensor
+    `at_once`: that is all that will be read. Where a backend reads ahead, the plan then knows better: ranges of up to 8 MiB
+    are asked for as they are, and nothing else. `opened`: packs that a call before this one has opened, by index; afterwards
+    those that this one needed.
+
+    Uses `threads` threads with 4 MiB of scratch memory each, or 8 MiB then. Raises IntegrityError naming file, block and tensor
     for the first bytes that are not what was written; the targets' content is then undefined.
     """
     stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
     plan = plan_reads(manifest, targets)
-    known = {} if opened is None else dict(opened)
-    packs = {index: known.get(index) or Pack(backend, folder, manifest, index, stats) for index in sorted(plan)}
+    far = at_once and isinstance(backend, ReadsAhead)
+    known = {} if opened is None else opened
+    fresh = [index for index in sorted(plan) if index not in known]
+    packs = {p.index: p for p in _open(backend, folder, manifest, fresh, stats, threads if far else 1)}
+    packs |= {index: known[index] for index in plan if index in known}
     if opened is not None:
         opened.clear()
         opened.update(packs)
-    jobs = itertools.chain.from_iterable(_jobs(pack, plan[index]) for index, pack in packs.items())
+    size = _RANGE if far else _JOB
+    jobs = itertools.chain.from_iterable(_jobs(packs[index], plan[index], size) for index in sorted(packs))
     few = stats.needed < 4 * _JOB
-    stats.read += _run_all(jobs, 1 if few else threads, progress)
+    stats.read += _run_all(jobs, 1 if few else threads, _ask if far else _run, size if far else _SCRATCH, progress)
     return stats
 
 
-def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
-    """Joins neighbouring segments into ranges of about `_JOB` bytes; cuts long ones at blocks."""
+def _open(
+    backend: Backend, folder: str, manifest: Manifest, indices: Sequence[int], stats: ReadStats, threads: int
+) -> list[Pack]:
+    """The packs, several at a time where that takes requests."""
+    if threads == 1 or len(indices) < 2:
+        return [Pack(backend, folder, manifest, index, stats) for index in indices]
+    each = [ReadStats() for _ in indices]
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-open") as pool:
+        packs = list(
+            pool.map(lambda at: Pack(backend, folder, manifest, at[0], at[1]), zip(indices, each, strict=True))
+        )
+    stats.read += sum(s.read for s in each)
+    return packs
+
+
+def _jobs(pack: Pack, segments: Sequence[Segment], size: int) -> Iterator[_Job]:
+    """Joins neighbouring segments into ranges of about `size` bytes; cuts long ones at blocks."""
     job: _Job | None = None
     fragment: StoredFragment | None = None
     row = -1
@@ -253,9 +279,9 @@ def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
         if segment.row != row or fragment is None:
             row = segment.row
             fragment = pack.fragment(row, segment.tensor, segment.shape)
-        for part in _parts(pack, segment, fragment):
+        for part in _parts(pack, segment, fragment, size):
             lo, hi = part.lo, part.hi
-            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > _JOB:
+            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > size:
                 if job is not None:
                     yield job
                 job = _Job(pack, lo, hi)
@@ -265,7 +291,7 @@ def _jobs(pack: Pack, segments: Sequence[Segment]) -> Iterator[_Job]:
         yield job
 
 
-def _parts(pack: Pack, segment: Segment, fragment: StoredFragment) -> Iterator[_Part]:
+def _parts(pack: Pack, segment: Segment, fragment: StoredFragment, size: int) -> Iterator[_Part]:
     """One part, or parts of one job each of a long segment whose stored bytes are read in place."""
     first, at = segment.first, fragment.offset
     if fragment.codec is not None:
@@ -275,15 +301,21 @@ def _parts(pack: Pack, segment: Segment, fragment: StoredFragment) -> Iterator[_
         return
     at += first * BLOCK
     place = segment.direct
-    if place is None or segment.nbytes <= _JOB:
+    if place is None or segment.nbytes <= size:
         yield _Part(segment, fragment, first, at, at + segment.nbytes, place)
         return
-    for k in range(0, segment.nbytes, _JOB):
-        view = place[k : k + _JOB]
+    for k in range(0, segment.nbytes, size):
+        view = place[k : k + size]
         yield _Part(segment, fragment, first + k // BLOCK, at + k, at + k + len(view), view)
 
 
-def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None] | None) -> int:
+def _run_all(
+    jobs: Iterator[_Job],
+    threads: int,
+    run: Callable[[_Job, memoryview], None],
+    scratch_size: int,
+    progress: Callable[[int], None] | None,
+) -> int:
     """Runs all jobs; each is made while others are read. Returns the bytes read."""
     failed: list[BaseException] = []
     total = 0
@@ -292,13 +324,13 @@ def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None]
     def work() -> None:
         nonlocal total
         try:
-            scratch = memoryview(np.empty(_SCRATCH, dtype=np.uint8))
+            scratch = memoryview(np.empty(scratch_size, dtype=np.uint8))
             while not failed:
                 with lock:
                     job = next(jobs, None)
                 if job is None:
                     return
-                _run(job, scratch)
+                run(job, scratch)
                 with lock:
                     total += job.stop - job.start
                     if progress is not None:
@@ -346,6 +378,31 @@ def _run(job: _Job, scratch: memoryview) -> None:
             pack.check(part.fragment, part.first, place)
         if part.place is None:
             _put(pack, part, place)
+
+
+def _ask(job: _Job, scratch: memoryview) -> None:
+    """The same with one request: into the target if that is all of it, else into scratch memory and on from there."""
+    pack, first = job.pack, job.parts[0]
+    if first.place is not None and len(job.parts) == 1:
+        _request(pack, job.start, first.place)
+        pack.check(first.fragment, first.first, first.place)
+        return
+    size = job.stop - job.start
+    got = scratch[:size] if size <= len(scratch) else memoryview(np.empty(size, np.uint8))
+    _request(pack, job.start, got)
+    for part in job.parts:
+        stored = got[part.lo - job.start : part.hi - job.start]
+        if part.fragment.codec is None:
+            pack.check(part.fragment, part.first, stored)
+        if part.place is None:
+            _put(pack, part, stored)
+        else:
+            part.place[:] = stored
+
+
+def _request(pack: Pack, offset: int, into: memoryview) -> None:
+    assert isinstance(pack.backend, ReadsAhead)
+    pack.backend.read_just(pack.path, offset, into)
 
 
 def _put(pack: Pack, part: _Part, stored: memoryview) -> None:

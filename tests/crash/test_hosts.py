@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from forks import Fresh
-from hosts import Cluster
-from keepers import check_stored, scene, seen
+from hosts import Cluster, flip
+from keepers import check_stored, scene, seen, together, until
 
 import ckpt
 from examples.hosts import Hosts
