@@ -134,7 +134,8 @@ def test_another_number_of_ranks_reads_the_same_step(pool: Pool, tmp_path: Path)
     first = pool.run(_life, run, ["h0", "h1"], 3, world=2, env=env)
     (answer,) = pool.run(_end, run, ["h0"], world=1, env=env)
     start, found, (committed, failed) = answer
-    assert (start, committed, failed) == (3, 1, 0)
+    assert (start, failed) == (3, 0)
+    assert committed in (1, 2)  # step 3; and step 2, if what the first life left was still being written
     assert all(map(torch.equal, found, first[0][1]))
 
 
