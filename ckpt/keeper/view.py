@@ -32,7 +32,9 @@ class KeeperView:
     """A keeper: process `pid` of `host`, of a job that saves to `run`; the keeper of host `lead` decides for all.
 
     `address`: where the keepers of other hosts reach it, "" with one host; `trainers`: pid by rank, of those connected;
-    `memory`: bytes of all its slots; `trouble`: why it could not be asked, with nothing else known but the pid.
+    `memory`: bytes of all its slots, `parity`: of what it keeps for other hosts, beside that. `group`: the hosts that keep
+    parity of one another, of `code` (data, parity) chunks a stripe; `announced`: (generation, step) that was protected
+    last; `lost`: hosts that the keeper which leads has lost sight of; `trouble`: why it could not be asked, with nothing else known but the pid.
     """
 
     pid: int
@@ -43,6 +45,11 @@ class KeeperView:
     trainers: Mapping[int, int] | None = None
     steps: tuple[HeldStep, ...] = ()
     memory: int = 0
+    parity: int = 0
+    group: tuple[str, ...] = ()
+    code: tuple[int, ...] = ()
+    announced: tuple[int, int] | None = None
+    lost: tuple[str, ...] = ()
     trouble: str = ""
 
 
@@ -88,4 +95,9 @@ def _view(pid: int, head: Mapping[str, Any]) -> KeeperView:
         trainers={int(t["rank"]): int(t["pid"]) for t in head["trainers"]},
         steps=tuple(sorted(steps, key=lambda s: (s.generation, s.step))),
         memory=int(head["memory"]),
+        parity=int(head["parity"]),
+        group=tuple(str(h) for h in head["group"]),
+        code=tuple(int(n) for n in head["code"]),
+        announced=(int(head["announced"][0]), int(head["announced"][1])) if head["announced"] else None,
+        lost=tuple(str(h) for h in head["lost"]),
     )

@@ -5,6 +5,7 @@ The hosts are named by CKPT_HOST; each has a keeper of its own, and they talk ov
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -171,3 +172,71 @@ def test_copies_that_part_void_one_step_and_are_stored_per_rank(pool: Pool, tmp_
     )
     assert sealed == other and sealed == [True] * 3 + [False] * 2 + [True] * 3 and voided == 1
     assert (mine, theirs) == (7.0, 17.0)
+
+
+def _protected(rank: int, world: int, run: str, hosts: list[str]) -> tuple[list[int], int, Any, list[tuple[int, int]]]:
+    """Trains until steps are protected, then with a tensor more until steps with that are, too; then closes."""
+    os.environ["CKPT_HOST"] = hosts[rank]
+    state, rows = _job(), []
+    cp = _checkpointer(run, state, redundancy=ckpt.Replicas(2), storage=ckpt.Every(100_000), on_event=rows.append)
+    cp.restore()
+    link = cp._kept._keeping.member.link
+    seen, step = [], 0
+    for grown in (False, True):
+        if grown:  # more than fits into a slot: other slots, other areas
+            state["more"] = torch.full((600_000 * (1 + rank),), 1.0)
+        begun, until = step, time.monotonic() + WAIT
+        while not _all(sum(e.kind == "protect" and e.step > begun + 20 * grown and e.lag >= 0 for e in rows) > 2):
+            assert time.monotonic() < until, f"nothing is protected: {rows[-3:]}"
+            _train(state)
+            cp.step(step)
+            step += 1
+        told = link.ask("look", timeout=WAIT)
+        seen.append((len(told["group"]), int(told["parity"])))
+    report = vars(cp.close())
+    steps = [e.step for e in rows if e.kind == "protect"]
+    return steps, step, report, seen
+
+
+def _all(yes: bool) -> bool:
+    """Whether all ranks say so."""
+    said = torch.tensor([int(yes)])
+    dist.all_reduce(said, op=dist.ReduceOp.MIN)
+    return bool(said.item())
+
+
+def test_steps_are_protected_while_training_goes_on(pool: Pool, tmp_path: Path) -> None:
+    """Three hosts, two copies; the leaves of the state change on the way, and with them what the areas take."""
+    run = str(tmp_path / "run")
+    found = pool.run(_protected, run, ["h0", "h1", "h2"], world=3, env={"CKPT_GRACE": "20"})
+    for steps, _, report, seen in found:
+        assert steps == sorted(set(steps)) and report["announced"] == len(steps)
+        assert [n for n, _ in seen] == [3, 3] and 0 < seen[0][1] < seen[1][1]
+        assert (report["failed"], report["committed"]) == (0, 1)
+    with ckpt.open(run) as c:
+        assert c.step == found[0][1] - 1 and c.verify().ok
+
+
+def _alone(rank: int, world: int, run: str) -> tuple[list[str], int]:
+    os.environ["CKPT_HOST"] = "h0"
+    said: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    ear = Ear()
+    logging.getLogger("ckpt").addHandler(ear)
+    cp = _checkpointer(run, _job(), redundancy=ckpt.ErasureCode(data=6, parity=2))
+    cp.restore()
+    cp.step(0)
+    slots = len(cp._kept._keeping.member.slots)
+    cp.close()
+    logging.getLogger("ckpt").removeHandler(ear)
+    return [text for text in said if "protects nothing" in text], slots
+
+
+def test_a_job_of_one_host_is_told_that_nothing_protects_it(pool: Pool, tmp_path: Path) -> None:
+    """An elastic job may shrink to one host, and must go on."""
+    (said, slots), (other, _) = pool.run(_alone, str(tmp_path / "run"), world=2, env={"CKPT_GRACE": "20"})
+    assert len(said) == 1 and "one host" in said[0] and other == [] and slots == 2

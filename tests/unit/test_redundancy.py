@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+import ckpt
 from ckpt.config import ErasureCode, Replicas
 from ckpt.errors import UsageError
 
@@ -29,3 +31,11 @@ def test_codes_that_there_are_not(data: object, parity: object) -> None:
 def test_replicas_that_there_are_not(copies: object) -> None:
     with pytest.raises(UsageError, match=r"Replicas\("):
         Replicas(copies)  # type: ignore[arg-type]
+
+
+def test_what_a_checkpointer_takes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="memory="):
+        ckpt.Checkpointer(tmp_path, {}, storage=ckpt.Every(1), redundancy=ckpt.ErasureCode(data=6, parity=2))
+    with pytest.raises(UsageError, match="ErasureCode"):
+        ckpt.Checkpointer(tmp_path, {}, memory=ckpt.Every(1), redundancy=2)  # type: ignore[arg-type]
+    assert ckpt.Replicas is Replicas and ckpt.ErasureCode is ErasureCode
