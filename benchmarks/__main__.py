@@ -8,7 +8,19 @@ from pathlib import Path
 
 from benchmarks.render import BENCHES
 
-_SIZED = ("save", "load", "reshard", "memory", "stall", "loop", "durable", "restart", "average", "object_storage")
+_SIZED = (
+    "save",
+    "load",
+    "reshard",
+    "memory",
+    "stall",
+    "loop",
+    "durable",
+    "restart",
+    "rebuild",
+    "average",
+    "object_storage",
+)
 _STATEFUL = (*_SIZED, "flat")
 _ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat", "restart", "object_storage")
 

@@ -24,6 +24,7 @@ BENCHES = (
     "durable",
     "flat",
     "restart",
+    "rebuild",
     "average",
     "object_storage",
     "erasure",

@@ -58,6 +58,7 @@ class Kept:
         self._began = False
         self._loaded: LoadReport | None = None  # what this life goes on from
         self._steps: dict[Key, Step] = {}  # that were recalled before it
+        self.moved = 0  # bytes that came from other hosts when a step in memory was last loaded
         keeping: Keeping | None = None
         failure: bytes | Exception = b""
         try:

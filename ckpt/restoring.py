@@ -78,6 +78,7 @@ def _from_memory(state: Any, options: LoadOptions, group: Group, kept: Kept, ste
         raise
     finally:
         if not isinstance(opened, Exception):
+            kept.moved = opened.moved
             opened.close()
         kept.done(key if damaged else None)
 

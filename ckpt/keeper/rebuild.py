@@ -98,6 +98,8 @@ class Stripes:
         self._failed: dict[str, CkptError] = {}
         self._own = threading.local()
         self._open: list[Store] = []
+        self._counting = threading.Lock()
+        self.moved = 0  # bytes that came from other hosts
         most = _SCRATCH // (max(1, group.data) * (_AHEAD + 1))
         self._slice = max(4096, min(_SLICE, most // 4096 * 4096))
 
@@ -224,10 +226,14 @@ class Stripes:
 
     def _take(self, s: _Slice, code: Code, scratch: Sequence[memoryview]) -> None:
         present: dict[int, memoryview] = {}
+        moved = 0
         for piece, room in zip(s.pieces, scratch, strict=True):
             present[piece.number] = room[: piece.length]
             if piece.length:
                 self._at(piece.host, lambda store, p=piece: store.take(present[p.number]))  # type: ignore[misc]
+                moved += 0 if self._shares[piece.host].near else piece.length
+        with self._counting:
+            self.moved += moved
         code.decode(present, {s.wanted: s.into})
 
     def _at(self, host: str, act: Callable[[Store], None]) -> None:

@@ -33,6 +33,11 @@ class Pack(Protocol):
         """See `ckpt.backends.base.Redundant`."""
         ...
 
+    @property
+    def moved(self) -> int:
+        """Bytes that came from other hosts until now."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -50,6 +55,10 @@ class LocalPack:
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
         yield from ()
+
+    @property
+    def moved(self) -> int:
+        return 0
 
     def close(self) -> None:
         os.close(self.fd)
@@ -126,6 +135,10 @@ class RemotePack:
         self.read(offset, [into])
         yield "sent once more"
 
+    @property
+    def moved(self) -> int:
+        return sum(line.received for line in self._open)
+
     def close(self) -> None:
         for line in self._open:
             line.close()
@@ -158,6 +171,10 @@ class SharedPack:
                 yield from self._direct.otherwise(offset, into)
         yield from self._stripes.otherwise(self._host, self._base + offset, into)
 
+    @property
+    def moved(self) -> int:
+        return 0 if self._direct is None else self._direct.moved
+
     def close(self) -> None:
         if self._direct is not None:
             self._direct.close()
@@ -172,6 +189,7 @@ class SnapshotBackend:
     ) -> None:
         self.root = root
         self._objects, self._packs, self._stripes = dict(objects), dict(packs), stripes
+        self._moved = 0
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         pack = self._pack(path)
@@ -181,6 +199,11 @@ class SnapshotBackend:
 
     def otherwise(self, path: str, offset: int, into: Buffer) -> Iterator[str]:
         yield from self._pack(path).otherwise(offset, into)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that came from other hosts until now."""
+        return self._moved + sum(p.moved for p in self._packs.values()) + sum(s.moved for s in self._stripes)
 
     def fetch(self, path: str, limit: int) -> bytes:
         if path not in self._objects:
@@ -202,6 +225,7 @@ class SnapshotBackend:
         return [Entry(p, False, self.size(p), 0.0) for p in [*self._objects, *self._packs] if p.startswith(path)]
 
     def close(self) -> None:
+        self._moved = self.moved
         for pack in self._packs.values():
             pack.close()
         for stripes in self._stripes:
