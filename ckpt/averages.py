@@ -24,8 +24,8 @@ from ckpt.commit import read_commit, read_manifest
 from ckpt.errors import UsageError
 from ckpt.fill import Fill, fill
 from ckpt.format.manifest import Manifest
-from ckpt.keeper.averaged import AVERAGES, NOTES, decode_progress
-from ckpt.merge.average import ACCUMULATORS, Progress
+from ckpt.keeper.averaged import decode_progress
+from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
 from ckpt.objects import decode_object
 from ckpt.shards import Held, dtype_name, hold, is_wrapped
 from ckpt.snapshot.fence import fence_here

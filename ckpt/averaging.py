@@ -21,7 +21,6 @@ from ckpt.format.dtypes import dtype
 from ckpt.format.manifest import Manifest
 from ckpt.format.pack import Piece, layout_pack
 from ckpt.keeper.averaged import (
-    AVERAGES,
     averaged_aliases,
     averaged_pieces,
     decode_progress,
@@ -30,7 +29,7 @@ from ckpt.keeper.averaged import (
     with_averages,
 )
 from ckpt.keeper.member import Member
-from ckpt.merge.average import BLOCK_NUMBERS, Mark, Progress, Room, Rule, fold
+from ckpt.merge.average import AVERAGES, BLOCK_NUMBERS, Mark, Progress, Rule, fold
 from ckpt.plan import Plan
 from ckpt.read import Target, read_targets
 from ckpt.saving import Work
@@ -325,14 +324,14 @@ class Averages:
 
 def _take(source: Source, kind: str, out: np.ndarray[Any, Any]) -> None:
     """A fragment of the state in the accumulator's type."""
-    room, item = Room(), dtype(kind).itemsize
+    item = dtype(kind).itemsize
     ratio = len(out) // max(1, source.nbytes // item)
     step = BLOCK_NUMBERS // 2
     for at in range(0, source.nbytes // item, step):
         n = min(step, source.nbytes // item - at)
         block = np.empty(n * item, dtype=np.uint8)
         source.into(at * item, block)
-        fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], room, guarded=False)
+        fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], guarded=False)
 
 
 def _left(letters: Sequence[bytes]) -> bytes:

@@ -20,11 +20,12 @@ from ckpt.commit import step_folder
 from ckpt.config import settings
 from ckpt.errors import CkptError, DeadlineError, NotFoundError, PeerError, from_wire
 from ckpt.format.codec import parse_codecs
-from ckpt.keeper.averaged import AVERAGES, encode_progress
+from ckpt.keeper.averaged import encode_progress
 from ckpt.keeper.recall import Recalled, Step
 from ckpt.keeper.source import SnapshotBackend
 from ckpt.keeping import Keeping, Schedule, Taken
 from ckpt.loading import LoadReport
+from ckpt.merge.average import AVERAGES
 from ckpt.outcomes import Outcome
 from ckpt.saving import Planner, Request, SaveReport, save_state
 from ckpt.upkeep import Account

@@ -22,12 +22,10 @@ import numpy as np
 from ckpt.errors import FormatError
 from ckpt.format.pack import ALIGN, Piece, TensorSpec
 from ckpt.keeper.protocol import Frame
-from ckpt.merge.average import ACCUMULATORS, Progress
+from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
 from ckpt.plan import Plan
 
 __all__ = [
-    "AVERAGES",
-    "NOTES",
     "decode_progress",
     "encode_progress",
     "pack_start",
@@ -37,9 +35,6 @@ __all__ = [
     "averaged_aliases",
     "averaged_pieces",
 ]
-
-AVERAGES = "averages"
-NOTES = "__ckpt__.averages"
 
 
 def pack_start(size: int) -> int:

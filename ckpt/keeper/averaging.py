@@ -24,10 +24,10 @@ from ckpt import faults
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.dtypes import dtype
 from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
-from ckpt.keeper.averaged import AVERAGES, NOTES, decode_progress, encode_progress, pack_start
+from ckpt.keeper.averaged import decode_progress, encode_progress, pack_start
 from ckpt.keeper.holding import Memory, pieces_of
 from ckpt.keeper.protocol import Frame, frame
-from ckpt.merge.average import NotFinite, Progress, Room, advance, fold, norm
+from ckpt.merge.average import AVERAGES, NOTES, NotFinite, Progress, advance, fold, norm
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report
 
@@ -115,7 +115,7 @@ def fold_pack(
         return _Folded(None, _Base(None, progress), refuse, drift, digest)
     layout, order = cut.layout, cut.averages
     table = np.empty(layout.n_blocks, dtype="<u4")
-    room, sums = Room(), np.zeros((len(order), 2))
+    sums = np.zeros((len(order), 2))
     r = [rates[name] for name in order]
     old = base.pack
     for number, kind, places in cut.work:
@@ -130,7 +130,7 @@ def fold_pack(
             before = [None if old is None else old[p + lo : p + lo + size] for _, p in places]
             after = [into[p + lo : p + lo + size] for _, p in places]
             try:
-                found = fold(theta, kind, before, r, after, room, guarded=not refuse)
+                found = fold(theta, kind, before, r, after, guarded=not refuse)
             except NotFinite:
                 name = layout.pieces[places[0][0]].tensor.name
                 why = f"not finite: {_split(layout.pieces[places[0][0]], order)[1] or name}"
@@ -140,7 +140,7 @@ def fold_pack(
                 table[int(layout.block[k]) + block] = crc32c(written)
             if block % _SAMPLE == 0 and not refuse:
                 sums[:, 0] += found
-                sums[:, 1] += norm(theta, kind, room)
+                sums[:, 1] += norm(theta, kind)
     into[: len(cut.header)] = np.frombuffer(cut.header, dtype=np.uint8)
     end = table.view(np.uint8)
     into[layout.table_offset : layout.size] = end

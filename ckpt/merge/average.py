@@ -22,6 +22,8 @@ from ckpt.errors import UsageError
 from ckpt.merge.weights import FORMS, gamma_of, power_rates
 
 __all__ = [
+    "AVERAGES",
+    "NOTES",
     "EMA",
     "MWA",
     "ACCUMULATORS",
@@ -30,7 +32,6 @@ __all__ = [
     "Power",
     "PowerEMA",
     "Progress",
-    "Room",
     "Rule",
     "advance",
     "fold",
@@ -53,8 +54,13 @@ ACCUMULATORS = {
 """Element types that are averaged -> the type they are averaged in. Others, float8 among them, whose scales live
 elsewhere, are not."""
 
+AVERAGES = "averages"
+"""Leaves of running averages are called averages.<name>.<leaf>,"""
+NOTES = "__ckpt__.averages"
+"""and this value of a checkpoint that has any says what they remember."""
+
 BLOCK_NUMBERS = 1 << 16
-"""Numbers folded at a time at most: what is in use fits the core's second cache, and Python's part is small."""
+"""Numbers to fold at a time: what is in use fits the core's second cache, and Python's part is small."""
 
 
 class Rule(Protocol):
@@ -276,30 +282,16 @@ class NotFinite(ArithmeticError):
     """A snapshot holds what cannot be averaged: no number, or an infinity that the average does not have."""
 
 
-class Room:
-    """Scratch memory of `fold`, 0.75 MiB, kept from call to call; for one thread."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, _Array] = {}
-
-    def take(self, wide: str, n: int) -> _Array:
-        found = self._kept.get(wide)
-        if found is None:
-            found = self._kept[wide] = np.empty(BLOCK_NUMBERS, dtype=wide)
-        return found[:n]
-
-
 def fold(
     theta: Bytes,
     kind: str,
     old: Sequence[Bytes | None],
     rates: Sequence[float],
     new: Sequence[Bytes],
-    room: Room,
     *,
     guarded: bool = True,
 ) -> list[float]:
-    """new = old + r (theta - old) for each of several averages of the same elements; at most `BLOCK_NUMBERS` of them.
+    """new = old + r (theta - old) for each of several averages, one or more, of the same elements.
 
     theta  stored elements of dtype `kind`, which is in `ACCUMULATORS`
     old    accumulators, as many; None where there is no average yet: the rate is then 1
@@ -311,7 +303,7 @@ def fold(
 
     Raises NotFinite, with `new` undefined; unless `guarded` is False, which is for rates of 0 and 1 alone.
     """
-    x = _widened(theta, kind, room)
+    x = _widened(theta, kind, new[-1])  # where the last result goes, which is computed last
     out = []
     for a, r, b in zip(old, rates, new, strict=True):
         target: _Array = b.view(x.dtype)
@@ -319,17 +311,17 @@ def fold(
         if a is None or r == 1:
             if guarded and not math.isfinite(float(np.dot(x, x))) and np.isnan(x).any():
                 raise NotFinite
-            target[...] = x
+            np.copyto(target, x)
             continue
         before = a.view(x.dtype)
         if r == 0:
-            target[...] = before
+            np.copyto(target, before)
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(x, before, out=target)
             out[-1] = float(np.dot(target, target))
             if not math.isfinite(out[-1]):
-                out[-1] = _carefully(x, before, target)
+                out[-1] = _carefully(_widened(theta, kind, np.empty_like(b)), before, target)
             np.multiply(target, target.dtype.type(r), out=target)
             np.add(before, target, out=target)
     return out
@@ -343,26 +335,28 @@ def _carefully(x: _Array, before: _Array, difference: _Array) -> float:
     return float(np.dot(difference.astype(np.float64), difference.astype(np.float64)))
 
 
-def norm(theta: Bytes, kind: str, room: Room) -> float:
+def norm(theta: Bytes, kind: str) -> float:
     """The sum of squares of stored elements."""
-    x = _widened(theta, kind, room)
+    wide = 8 if kind in ("float64", "complex128") else 4
+    x = _widened(theta, kind, np.empty(len(theta) // _NUMBER.get(kind, wide) * wide, dtype=np.uint8))
     return float(np.dot(x, x))
 
 
-def _widened(theta: Bytes, kind: str, room: Room) -> _Array:
+_NUMBER = {"bfloat16": 2, "float16": 2, "complex32": 2}
+"""Bytes of a number, where it is not as wide as the accumulator's."""
+
+
+def _widened(theta: Bytes, kind: str, room: Bytes) -> _Array:
     """Stored numbers in the accumulator's type: as they lie there, or in `room`."""
-    if kind in ("float32", "complex64"):
-        return theta.view("<f4")
     if kind in ("float64", "complex128"):
         return theta.view("<f8")
+    if kind not in _NUMBER:
+        return theta.view("<f4")
+    out = room.view("<f4")
     if kind == "bfloat16":
-        stored = theta.view("<u2")
-        out = room.take("<f4", len(stored))
         bits = out.view(np.uint32)
-        bits[...] = stored
+        bits[...] = theta.view("<u2")
         np.left_shift(bits, np.uint32(16), out=bits)
-        return out
-    halves = theta.view("<f2")
-    out = room.take("<f4", len(halves))
-    out[...] = halves
+    else:
+        out[...] = theta.view("<f2")
     return out

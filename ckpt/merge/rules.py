@@ -7,6 +7,7 @@ stored per rank                  the base's: they belong to a rank, not to the m
 values (objects)                 the base's
 several names of one tensor      averaged once; all checkpoints have to agree on who is tied to whom
 state of optimizers              as the recipe says; single numbers, as Adam's step, are never averaged
+running averages                 left out: what they remember is not that of a combination
 other names, shapes or types     refused, all at once
 """
 
@@ -23,6 +24,8 @@ from ckpt.errors import MismatchError, UsageError
 from ckpt.format.manifest import Manifest
 from ckpt.format.pack import TensorSpec
 from ckpt.merge.arithmetic import AVERAGED
+from ckpt.merge.average import AVERAGES
+from ckpt.merge.average import NOTES as RUNNING
 from ckpt.merge.recipe import Recipe, Term
 from ckpt.offline.dcp_tree import optimizer_keys
 
@@ -42,7 +45,8 @@ def base_of(recipe: Recipe, manifest: Manifest) -> Manifest:
     """The base's manifest as far as the result has a part in it: without notes, and without the state of optimizers if
     it is to be reset (their groups stay)."""
     keys = _optimizers(manifest) if recipe.moments == "reset" else []
-    keep = np.array([not _state_of(t.name, keys) for t in manifest.tensors], dtype=bool)
+    running = _running(manifest)
+    keep = np.array([not _state_of(t.name, keys) and not _below(t.name, running) for t in manifest.tensors], dtype=bool)
     objects = [o for o in manifest.objects if not o.name.startswith(NOTES) and not _state_of(o.name, keys)]
     kept = _only(manifest, keep) if not keep.all() else manifest
     return replace(kept, objects=tuple(objects))
@@ -165,15 +169,26 @@ def _extra(recipe: Recipe, term: Term, m: Manifest, base: Manifest, keys: Sequen
     """Leaves of another checkpoint that would be averaged if the base had them."""
     if term.instead:
         return
+    running = _running(m)
     here = {*(t.name for t in base.tensors), *base.aliases}
     for spec in m.tensors:
         ours = spec.name in here or any(a in here for a, b in m.aliases.items() if b == spec.name)
         if (
             not ours
+            and not _below(spec.name, running)
             and not (recipe.moments != "averaged" and _state_of(spec.name, [*keys, *_optimizers(m)]))
             and _averaged(recipe, spec, keys, {})
         ):
             yield spec.name
+
+
+def _running(manifest: Manifest) -> str:
+    """What the leaves of running averages begin with; "" if there are none."""
+    return f"{AVERAGES}." if any(o.name == RUNNING for o in manifest.objects) else ""
+
+
+def _below(name: str, prefix: str) -> bool:
+    return bool(prefix) and name.startswith(prefix)
 
 
 def _optimizers(manifest: Manifest) -> list[str]:

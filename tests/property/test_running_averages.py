@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from ckpt.errors import UsageError
 from ckpt.merge import weights
-from ckpt.merge.average import EMA, MWA, NotFinite, Power, PowerEMA, Progress, Room, advance, fold
+from ckpt.merge.average import EMA, MWA, NotFinite, Power, PowerEMA, Progress, advance, fold
 
 STEPS = st.lists(st.integers(0, 5000), min_size=2, max_size=20, unique=True).map(sorted)
 
@@ -116,11 +116,11 @@ def folded(theta: torch.Tensor, old: np.ndarray[Any, Any], rate: float, cut: int
     kind = str(theta.dtype).removeprefix("torch.")
     raw = theta.contiguous().view(torch.uint8).numpy()
     item, wide = theta.element_size(), old.itemsize
-    new, room = np.empty_like(old), Room()
+    new = np.empty_like(old)
     for at in range(0, theta.numel(), cut):
         end = min(at + cut, theta.numel())
         a, b = old.view(np.uint8)[at * wide : end * wide], new.view(np.uint8)[at * wide : end * wide]
-        fold(raw[at * item : end * item], kind, [a], [rate], [b], room)
+        fold(raw[at * item : end * item], kind, [a], [rate], [b])
     return new
 
 
@@ -145,7 +145,7 @@ def test_several_averages_share_a_read() -> None:
     news = [np.empty_like(o) for o in olds]
     raw = theta.view(torch.uint8).numpy()
     squares = fold(
-        raw, "bfloat16", [o.view(np.uint8) for o in olds], [0.5, 0.0, 0.25], [n.view(np.uint8) for n in news], Room()
+        raw, "bfloat16", [o.view(np.uint8) for o in olds], [0.5, 0.0, 0.25], [n.view(np.uint8) for n in news]
     )
     for old, new, rate, square in zip(olds, news, (0.5, 0.0, 0.25), squares, strict=True):
         assert np.array_equal(new, folded(theta, old, rate))
