@@ -19,9 +19,10 @@ _SIZED = (
     "restart",
     "rebuild",
     "average",
+    "fold",
     "object_storage",
 )
-_STATEFUL = (*_SIZED, "flat")
+_STATEFUL = (*(b for b in _SIZED if b != "fold"), "flat")
 _ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat", "restart", "object_storage")
 
 

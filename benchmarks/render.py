@@ -26,6 +26,7 @@ BENCHES = (
     "restart",
     "rebuild",
     "average",
+    "fold",
     "object_storage",
     "erasure",
     "goodput",

@@ -30,6 +30,7 @@ def main(name: str) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, target in ((null, 0), (sink, 1), (sink, 2)):
         os.dup2(fd, target)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # folds have threads of their own, and small sums gain nothing
     # Only now: what these load may start threads, which a fork would lose.
     import logging
 

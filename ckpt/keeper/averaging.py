@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from ckpt.merge.average import AVERAGES, NOTES, NotFinite, Progress, advance, fo
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "Base", "cut_of", "fold_pack"]
 
 log = logging.getLogger("ckpt.keeper")
 Bytes = npt.NDArray[np.uint8]
@@ -40,7 +41,7 @@ _SAMPLE = 8  # the drift is measured on every so many blocks
 
 
 @dataclass(frozen=True)
-class _Base:
+class Base:
     """Averages of one rank as of some step: a pack, of which only the data is looked at, and what they remember. No pack:
     averages that have not begun."""
 
@@ -84,14 +85,14 @@ class _Folded:
     """What came of one fold of one rank."""
 
     report: PackReport | None
-    base: _Base
+    base: Base
     refused: str
     drift: Mapping[str, tuple[float, float]]
     digest: int  # of what it was folded into
 
 
 def fold_pack(
-    snapshot: Bytes, report: PackReport | None, cut: _Cut, base: _Base, step: int, marks: Mapping[str, Any], into: Bytes,
+    snapshot: Bytes, report: PackReport | None, cut: _Cut, base: Base, step: int, marks: Mapping[str, Any], into: Bytes,
     stop: threading.Event, refuse: str = "",
 ) -> _Folded:  # fmt: skip
     """Folds a sealed snapshot of one rank into the averages of `base`; the pack of the new ones goes into `into`.
@@ -112,7 +113,7 @@ def fold_pack(
             for name, p in base.progress.items()
         }
     if report is None or not cut.work:
-        return _Folded(None, _Base(None, progress), refuse, drift, digest)
+        return _Folded(None, Base(None, progress), refuse, drift, digest)
     layout, order = cut.layout, cut.averages
     table = np.empty(layout.n_blocks, dtype="<u4")
     sums = np.zeros((len(order), 2))
@@ -147,14 +148,14 @@ def fold_pack(
     for k, name in enumerate(order):
         drift[name] = float(sums[k, 0]) * (1 - r[k]) ** 2, float(sums[k, 1])
     done = pack_report(layout, cut.header, end)
-    return _Folded(done, _Base(into[: layout.size], progress), refuse, drift, digest)
+    return _Folded(done, Base(into[: layout.size], progress), refuse, drift, digest)
 
 
 @dataclass
 class _Rank:
     """A rank whose steps are folded. `kept`: memory that the base lies in, if no slot."""
 
-    base: _Base
+    base: Base
     kept: Memory | None
     lock: threading.Lock
 
@@ -206,11 +207,11 @@ class Averaging:
         """A rank's averages as of where it begins, or of its new plan; none of its steps is under way."""
         self._let_go(rank)
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "ckpt-fold")
+            self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "ckpt-fold", _behind)
             self._threads.submit(lambda: None).result()
         self._cuts.clear()
         memory = Memory(message.fds[0], os.fstat(message.fds[0]).st_size) if message.fds else None
-        base = _Base(memory.buffer if memory else None, decode_progress(str(message["progress"]), "a trainer"))
+        base = Base(memory.buffer if memory else None, decode_progress(str(message["progress"]), "a trainer"))
         lock = self._locks.setdefault(rank, threading.Lock())
         self._ranks[rank] = _Rank(base, memory, lock)
 
@@ -311,7 +312,7 @@ class Averaging:
         self._threads.submit(work)
 
     def _folded(
-        self, step: int, rank: int, part: Frame, base: _Base, slot: int, marks: Mapping[str, Any],
+        self, step: int, rank: int, part: Frame, base: Base, slot: int, marks: Mapping[str, Any],
         stop: threading.Event, refuse: str,
     ) -> _Folded:  # fmt: skip
         key, report = str(part["plan"]), decode_report(part.payload)
@@ -340,6 +341,12 @@ class Averaging:
         for (s, rank), (part, folded) in list(self._made.items()):
             if s == step and not folded.refused and (s, rank) not in self._running:
                 self._begin(step, rank, part, why)
+
+
+def _behind() -> None:
+    """This thread comes after those that train."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 def _told(part: Frame, found: _Folded) -> Frame:
