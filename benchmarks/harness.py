@@ -218,11 +218,17 @@ class Rounds:
     samples: dict[str, list[Sample | None]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def run(self, names: Sequence[str], rounds: int, turn: Callable[[int, str], Sample]) -> Rounds:
-        """`rounds` measured rounds after one that is dropped; `turn(round, name)` is one turn of one contestant."""
+    def run(
+        self, names: Sequence[str], rounds: int, turn: Callable[[int, str], Sample], seconds: float = float("inf")
+    ) -> Rounds:
+        """`rounds` measured rounds after one that is dropped, or as many whole ones as begin within `seconds` (one, if need
+        be); `turn(round, name)` is one turn of one contestant."""
+        began = time.monotonic()
         for name in names:
             self.samples.setdefault(name, [])
         for number in range(rounds + 1):
+            if number > 1 and time.monotonic() - began > seconds:
+                break
             for name in rotated(names, number):
                 sample = None
                 if name not in self.failures:

@@ -4,18 +4,23 @@ Against the same server in the same rounds: a raw parallel multipart upload of a
 parallel ranged download into warm buffers, with the client that ckpt uses, are the limits; torch DCP goes through its
 own fsspec writer and reader (s3fs). The server is the one that AWS_ENDPOINT_URL names, else a radosgw that is started
 here (`make s3-server`). Store and client share the cores of this machine: the ratios say something, the rates do not.
+
+Besides, through a proxy that makes every answer 20 ms late: the same; the requests of one save; the bytes that a load
+fetches with `exchange=True`. And what a local tier costs a loop while its steps trickle to the store.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +29,25 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import ckpt
-from benchmarks.harness import Rank, Rounds, Sample, World
-from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, workspace
+from benchmarks.harness import DEADLINE, Failed, Rank, Rounds, Sample, World
+from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, verdict, workspace
 from ckpt.backends import backend_for
 from ckpt.backends.s3_client import client_for
 from ckpt.catalog import delete_tree
 from ckpt.config import settings
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "s3"))  # its server and its proxy
+
 RAW, CKPT, DCP = "limit: raw requests", "ckpt", "torch DCP, fsspec"
+LOCAL, TIERED = "local disk only", "local disk, and S3 behind it"
 BUCKET = "ckpt-bench"
 PART, RANGE, RANGES_AT_ONCE = 16 << 20, 8 << 20, 8
 ASKED = {"save": 0.90, "load": 0.85}
-ASKED_OVER_DCP = 1.3
+ASKED_OVER_DCP, ASKED_OVER_DCP_LATE = 1.3, 2.0
+ASKED_REQUESTS, ASKED_FETCHED, ASKED_STALL = 1.0, 1.02, 1.05
+LATE = 0.02  # seconds
+LATE_GIB = 0.25  # of what goes through the proxy
+STEPS, STEP = 6, 0.5  # of a loop with a local tier: how many, and seconds of one
 
 
 def save(rank: Rank, name: str, url: str) -> dict[str, Any]:
@@ -52,6 +64,36 @@ def load(rank: Rank, name: str, url: str) -> dict[str, Any]:
     if name == DCP:
         return rank.timed(lambda: _none(dcp.load(rank.state.dicts(), storage_reader=FsspecReader(url))))
     return rank.timed(lambda: _download(_flat(rank), f"{_key(url)}/rank-{rank.rank}"))
+
+
+def load_together(rank: Rank, name: str, url: str) -> dict[str, Any]:
+    return rank.timed(lambda: _none(ckpt.load(rank.state.tree(), url, exchange=True)))
+
+
+def tier_loop(rank: Rank, name: str, folder: str) -> dict[str, Any]:
+    """A loop whose steps run on a device, saved each to a local disk; with a tier they trickle to the store meanwhile.
+    Returns the seconds for which saves held it up."""
+    disk = f"{folder}/{uuid.uuid4().hex}"
+    tier = {"local": ckpt.Local(disk)} if name == TIERED else {}
+    run_ = f"s3://{BUCKET}/{uuid.uuid4().hex}" if name == TIERED else disk
+    stalls: list[float] = []
+
+    def loop() -> dict[str, Any]:
+        with ckpt.Checkpointer(run_, rank.state.tree(), storage=ckpt.Every(1), keep=[ckpt.KeepLast(1)], **tier) as cp:  # type: ignore[arg-type]
+            for n in range(STEPS):
+                time.sleep(STEP)  # the device
+                began = time.perf_counter()
+                handle = cp.step(n)
+                cp.fence()
+                stalls.append(time.perf_counter() - began)
+                if handle is not None:
+                    handle.done(DEADLINE)
+        return {"stall": sum(stalls[1:]), "arrived": cp.report.arrived}
+
+    try:
+        return rank.timed(loop)
+    finally:
+        shutil.rmtree(disk, ignore_errors=True)
 
 
 def _none(_: object) -> None:
@@ -91,16 +133,15 @@ def _download(into: memoryview, key: str) -> None:
 
 
 @contextmanager
-def served() -> Iterator[None]:
+def served(parent: Path | None) -> Iterator[None]:
     """The server of the environment, or one of our own that ends with us; and a bucket."""
     if os.environ.get("AWS_ENDPOINT_URL"):
         yield from _with_bucket()
         return
-    sys.path.append(str(Path(__file__).parents[1] / "tests" / "s3"))
     from radosgw import Radosgw
 
-    with workspace(None) as folder:
-        server = Radosgw(folder / "radosgw")
+    with workspace(parent) as folder:
+        server = Radosgw(folder / "radosgw", gib=32)
         os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_DEFAULT_REGION": "us-east-1"}
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
         try:
@@ -117,21 +158,92 @@ def _with_bucket() -> Iterator[None]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in (CKPT, DCP) if not args.only or n in args.only]
     result: dict[str, Any] = {"bench": "object_storage", "machine": machine(Path("/tmp")), "tables": []}
-    with served():
+    with served(args.dir):
         for gib in args.gib:
             for ranks in args.ranks:
                 with World(ranks, gib) as world:
-                    for verb in (save, load):
-                        rounds = measure(world, verb.__name__, names, args.rounds)
-                        result["tables"].append({"verb": verb.__name__, "gib": gib, "ranks": ranks, **rounds.to_json()})
+                    for verb in ("save", "load"):
+                        rounds = measure(world, verb, names, args.rounds, args.seconds)
+                        result["tables"].append({"verb": verb, "gib": gib, "ranks": ranks, **rounds.to_json()})
+        small = min(LATE_GIB, *args.gib)
+        with late() as between:
+            for ranks in args.ranks:
+                with World(ranks, small) as world:
+                    result["tables"].append(counts(world, between))
+                    between.delay = LATE
+                    for verb in ("save", "load"):
+                        rounds = measure(world, verb, names, args.rounds, args.seconds)
+                        part = {"verb": verb, "gib": small, "ranks": ranks, "late": LATE, **rounds.to_json()}
+                        result["tables"].append(part)
+                    between.delay = 0.0
+            result["tables"].append(fetched(small, between))
+        tell("a local tier")
+        with World(1, small) as world, workspace(args.dir) as folder:
+            rounds = Rounds(world.nbytes, [LOCAL])
+            rounds.run(
+                [LOCAL, TIERED], args.rounds, lambda _, name: world.timed(tier_loop, name, str(folder)), args.seconds
+            )
+            result["tables"].append({"verb": "tiers", "gib": small, "ranks": 1, **rounds.to_json()})
     return result
 
 
-def measure(world: World, verb: str, names: Sequence[str], rounds: int) -> Rounds:
+@contextmanager
+def late() -> Iterator[Any]:
+    """A proxy before the server, which the environment names as the server."""
+    from proxy import proxy
+
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with proxy(server) as between:
+        os.environ["AWS_ENDPOINT_URL"] = between.url
+        try:
+            yield between
+        finally:
+            os.environ["AWS_ENDPOINT_URL"] = server
+
+
+def counts(world: World, between: Any) -> dict[str, Any]:
+    """The requests of the second save of a process."""
+    tell("the requests of a save")
+    run_ = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    world.timed(save, CKPT, f"{run_}/1")
+    with between.lock:
+        between.seen.clear()
+    world.timed(save, CKPT, f"{run_}/2")
+    seen = list(between.seen)
+    parts = sum("partNumber" in request for request in seen)
+    delete_tree(backend_for(f"s3://{BUCKET}"), _key(run_))
+    return {"verb": "requests", "ranks": world.ranks, "gib": world.gib, "requests": len(seen), "parts": parts}
+
+
+def fetched(gib: float, between: Any) -> dict[str, Any]:
+    """What a load of 2 ranks fetches of what 4 saved."""
+    tell("4 ranks to 2")
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    with World(4, gib) as world:
+        world.timed(save, CKPT, url)
+    with ckpt.open(url) as c:
+        stored = c.commit.bytes
+    found = {}
+    with World(2, gib) as world:
+        for name, verb in (("exchange=True", load_together), ("without", load)):
+            between.fetched = 0
+            world.timed(verb, CKPT, url)
+            found[name] = between.fetched / stored
+    delete_tree(backend_for(f"s3://{BUCKET}"), _key(url))
+    return {"verb": "fetched", "gib": gib, "of": found}
+
+
+def tell(what: str) -> None:
+    """Where a run of many minutes is."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def measure(world: World, verb: str, names: Sequence[str], rounds: int, seconds: float) -> Rounds:
     """Saves go into a fresh run each, removed outside of the time; loads read one that was saved before."""
+    tell(f"{verb}, {world.gib:g} GiB, {world.ranks} ranks")
     stored = {name: f"s3://{BUCKET}/{uuid.uuid4().hex}" for name in (RAW, *names)}
-    if verb == "load":
-        for name, url in stored.items():
+    with suppress(Failed):  # a contestant that cannot save shows as one that cannot load
+        for name, url in stored.items() if verb == "load" else ():
             world.timed(save, name, url)
 
     def turn(_: int, name: str) -> Sample:
@@ -144,21 +256,55 @@ def measure(world: World, verb: str, names: Sequence[str], rounds: int) -> Round
             delete_tree(backend_for(f"s3://{BUCKET}"), _key(url))
 
     try:
-        return Rounds(world.nbytes, [RAW]).run([RAW, *names], rounds, turn)
+        return Rounds(world.nbytes, [RAW]).run([RAW, *names], rounds, turn, seconds)
     finally:
         for url in stored.values():
             delete_tree(backend_for(f"s3://{BUCKET}"), _key(url))
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    return [_table(part) for part in result["tables"]]
+    special = {"requests": _requests, "fetched": _fetched, "tiers": _tiers}
+    return [special.get(part["verb"], _table)(part) for part in result["tables"]]
+
+
+def _requests(part: dict[str, Any]) -> Table:
+    allowed = part["parts"] + 3 * part["ranks"] + 5
+    table = Table(
+        f"Requests of one save, {part['gib']:g} GiB, {part['ranks']} rank{'s' * (part['ranks'] > 1)}",
+        ["requests", "of which parts", "/ (parts + 3 a rank + 5)"],
+    )
+    ratio = part["requests"] / allowed
+    table.rows.append([str(part["requests"]), str(part["parts"]), f"{ratio:.2f}{verdict(ratio <= ASKED_REQUESTS)}"])
+    return table
+
+
+def _fetched(part: dict[str, Any]) -> Table:
+    table = Table(f"Load by 2 ranks of what 4 saved, {part['gib']:g} GiB", ["", "bytes fetched / bytes stored"])
+    for name, ratio in part["of"].items():
+        asked = name == "exchange=True"
+        table.rows.append([name, f"{ratio:.3f}{verdict(ratio <= ASKED_FETCHED, asked)}"])
+    return table
+
+
+def _tiers(part: dict[str, Any]) -> Table:
+    rounds = Rounds.from_json(part)
+    table = Table(
+        f"Loop of {STEPS} steps, each saved to a local disk, {part['gib']:g} GiB, 1 rank",
+        ["", "stall, seconds", "of local only"],
+    )
+    stalls = {n: [s.extra["stall"] for s in rounds.samples[n] if s] for n in rounds.samples}
+    for name, values in stalls.items():
+        ratio = statistics.median(values) / statistics.median(stalls[LOCAL])
+        table.rows.append([name, spread(values, ".3f"), f"{ratio:.2f}{verdict(ratio <= ASKED_STALL, name == TIERED)}"])
+    return table
 
 
 def _table(part: dict[str, Any]) -> Table:
-    rounds, verb = Rounds.from_json(part), part["verb"]
+    rounds, verb, late_by = Rounds.from_json(part), part["verb"], part.get("late", 0.0)
     gb = rounds.nbytes / 1e9
     table = Table(
-        f"{verb.capitalize()} over S3, {part['gib']:g} GiB, {part['ranks']} rank{'s' * (part['ranks'] > 1)}",
+        f"{verb.capitalize()} over S3, {part['gib']:g} GiB, {part['ranks']} rank{'s' * (part['ranks'] > 1)}"
+        + (f", every answer {1000 * late_by:g} ms late" if late_by else ""),
         ["", "seconds", "GB/s", "of raw requests", "times as fast as DCP", "CPU s per GB"],
     )
     for name in rounds.samples:
@@ -167,14 +313,14 @@ def _table(part: dict[str, Any]) -> Table:
             table.notes.append(f"{name}: {rounds.failures[name]}")
             continue
         seconds = [s.seconds for s in rounds.samples[name] if s]
-        asked = ASKED[verb] if name == CKPT else None
+        asked = ASKED[verb] if name == CKPT and not late_by else None
         table.rows.append(
             [
                 name,
                 spread(seconds),
                 f"{gb / statistics.median(seconds):.2f}",
                 ratio_cell(rounds.ratios(name), asked),
-                _over_dcp(rounds, name),
+                _over_dcp(rounds, name, ASKED_OVER_DCP_LATE if late_by else ASKED_OVER_DCP),
                 f"{rounds.median(name, lambda s: s.cpu_seconds) / gb:.2f}",
             ]
         )
@@ -182,17 +328,20 @@ def _table(part: dict[str, Any]) -> Table:
     return table
 
 
-def _over_dcp(rounds: Rounds, name: str) -> str:
+def _over_dcp(rounds: Rounds, name: str, asked: float) -> str:
     """Of ckpt, in the median over rounds."""
     if name != CKPT or DCP not in rounds.samples or DCP in rounds.failures:
         return ""
     pairs = zip(rounds.samples[DCP], rounds.samples[CKPT], strict=True)
     times = statistics.median(d.seconds / c.seconds for d, c in pairs if d and c)
-    return f"{times:.2f} {'✓' if times >= ASKED_OVER_DCP else '✗'}"
+    return f"{times:.2f}{verdict(times >= asked)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = options(__doc__ or "").parse_args(argv)
+    parser = options(__doc__ or "")
+    parser.set_defaults(gib=[1.0], ranks=[1, 4])
+    parser.add_argument("--seconds", type=float, default=300.0, help="begin no further round of a table after so long")
+    args = parser.parse_args(argv)
     result = run(args)
     finish(result, tables(result), args.json)
 

@@ -6,6 +6,7 @@ import http.client
 import http.server
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.rules: list[Rule] = []
         self.seen: list[str] = []
+        self.delay = 0.0  # seconds by which every answer is late
         self.fetched = 0  # bytes of what was read of objects
         self.dropped: set[str] = set()  # names of headers, in small letters, that do not reach the server
         self.lock = threading.Lock()
@@ -104,6 +106,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         finally:
             upstream.close()
+        if self.server.delay:
+            time.sleep(self.server.delay)  # a slow network, for benchmarks
         if rule and fault == "held":
             rule.until.wait(60)
         if self.command == "GET" and answer.status in (200, 206):

@@ -23,7 +23,8 @@ PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-ad
 
 # What is not obvious: without `ms mon client mode = crc` the gateway insists on encrypted connections to the monitor,
 # which need the authentication that is off here; without tcp_nodelay a small GET takes 44 ms; the watch timeout and the
-# heartbeat grace shorten what a crash of the gateway or the store holds up.
+# heartbeat grace shorten what a crash of the gateway or the store holds up; what is deleted takes room for two hours
+# unless the garbage collector is told otherwise, and a store that is full makes its clients wait for ever.
 CONFIG = """
 [global]
 fsid = {fsid}
@@ -58,7 +59,7 @@ paxos min wait = 0.02
 osd data = {folder}/osd
 osd objectstore = bluestore
 bluestore block create = true
-bluestore block size = 8589934592
+bluestore block size = {size}
 bluestore block preallocate file = false
 bluestore cache autotune = false
 bluestore cache size = 67108864
@@ -77,6 +78,9 @@ rgw dynamic resharding = false
 rgw enable usage log = false
 rgw enable ops log = false
 rgw enable quota threads = false
+rgw gc obj min wait = 5
+rgw gc processor period = 5
+rgw gc processor max time = 60
 """
 
 
@@ -92,9 +96,9 @@ def free_port() -> int:
 
 
 class Radosgw:
-    """Started on construction, in about 10 s. Data outlives the death of any of its processes."""
+    """Started on construction, in about 10 s; keeps up to `gib`. Data outlives the death of any of its processes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gib: int = 8) -> None:
         self.folder = folder
         self.port = free_port()
         self.access_key, self.secret_key = "TEST" + secrets.token_hex(8).upper(), secrets.token_hex(20)
@@ -103,7 +107,9 @@ class Radosgw:
             (folder / name).mkdir(parents=True)
         fsid, store, monitor = str(uuid.uuid4()), str(uuid.uuid4()), free_port()
         self._config = folder / "ceph.conf"
-        self._config.write_text(CONFIG.format(fsid=fsid, monitor=monitor, folder=folder, port=self.port))
+        self._config.write_text(
+            CONFIG.format(fsid=fsid, monitor=monitor, folder=folder, port=self.port, size=gib << 30)
+        )
         try:
             self._do("monmaptool", "--create", "--fsid", fsid, "--set-min-mon-release", "pacific",
                      "--addv", "a", f"[v2:127.0.0.1:{monitor}/0]", str(folder / "map"), config=False)  # fmt: skip
