@@ -22,30 +22,39 @@ __all__ = ["report"]
     metavar="FILE",
     help="Where to write the page.",
 )
-def report(run: str, out: Path, as_json: bool) -> int:
+@click.option(
+    "--journal", multiple=True, metavar="FILE", help="Of a `ckpt search` among its steps: draw its scores too."
+)
+def report(run: str, out: Path, journal: tuple[str, ...], as_json: bool) -> int:
     """Draw what happened in a run, as one HTML page.
 
-    Snapshots, saves, stalls, failures: from the events that a Checkpointer writes. The page needs nothing but a browser.
+    Snapshots, saves, stalls, failures: from the events that a Checkpointer writes. Metrics, running averages, what combined
+    checkpoints were made of and what searches scored: from the checkpoints. The page needs nothing but a browser.
     """
     from ckpt.catalog import list_run, with_ledger
     from ckpt.errors import NotFoundError
     from ckpt.events import read_events
     from ckpt.offline.report import gather
+    from ckpt.offline.report_ledger import read_ledger
     from ckpt.offline.report_page import render
     from ckpt.offline.report_svg import clock, milliseconds, seconds
 
     backend = run_backend(run)
     listing = with_ledger(backend, list_run(backend))
     data = gather(read_events(backend), listing)
-    if not data.events:
+    ledger = read_ledger(backend, run, listing, journal)
+    if not data.events and (data.passed_over or not ledger):
         spoilt = f"none of its {count(data.passed_over, 'event')} can be true" if data.passed_over else "no events here"
         raise NotFoundError(f"{listing.run}: {spoilt}; events are written by a Checkpointer while it trains")
-    page = render(data).encode("utf-8", "replace")
+    page = render(data, ledger).encode("utf-8", "replace")
     out.write_bytes(page)
-    n = data.numbers
     if as_json:
-        emit({"out": str(out), **plain(n)})
+        emit({"out": str(out), **(plain(data.numbers) if data.events else {}), "averages": plain(ledger)})
         return 0
+    if not data.events:
+        click.echo(f"wrote {out} ({size(len(page))}): {count(len(data.commits), 'checkpoint')}, no events")
+        return 0
+    n = data.numbers
     lost = n.voided + n.failed_snapshots + n.failed_saves
     click.echo(f"wrote {out} ({size(len(page))})")
     click.echo(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.errors import FormatError
+from ckpt.errors import FormatError, NotFoundError
 
 __all__ = ["Journal", "Row"]
 
@@ -51,6 +51,21 @@ class Journal:
             return {k: v for k, v in found.items() if k != _VERSION} if found[_VERSION] == 1 else None
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return None
+
+    @staticmethod
+    def scores_in(path: str | os.PathLike[str]) -> list[float]:
+        """The scores of a journal, in order. Raises NotFoundError, FormatError."""
+        try:
+            lines = Path(path).read_text().splitlines()[1:]
+        except FileNotFoundError as e:
+            raise NotFoundError(f"{os.fspath(path)}: does not exist") from e
+        except (OSError, ValueError) as e:
+            raise FormatError(f"{os.fspath(path)}: not the journal of a search ({e})") from e
+        if Journal.head(path) is None:
+            raise FormatError(f"{os.fspath(path)}: not the journal of a search")
+        out = Journal(None, {})
+        out.read(lines)
+        return list(out.scores.values())
 
     def told(self) -> bytes:
         """All scores, as lines for `read`."""

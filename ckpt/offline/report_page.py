@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from ckpt.events import Event
 from ckpt.offline.report import PARTS, Data, Numbers, Occurrence
+from ckpt.offline.report_averages import AVERAGES_STYLE, ledger_sections
+from ckpt.offline.report_ledger import Ledger
 from ckpt.offline.report_svg import (
     STYLE,
     Bar,
@@ -33,9 +35,12 @@ __all__ = ["SECTIONS", "render"]
 _COLUMNS, _DOTS, _LINES = 120, 300, 40  # the page is bounded, the run is not
 
 
-def render(data: Data) -> str:
-    """One HTML page that needs nothing else: no script, no font, no image from anywhere."""
-    sections = "".join(section(data) for section in SECTIONS)
+def render(data: Data, ledger: Ledger | None = None) -> str:
+    """One HTML page that needs nothing else: no script, no font, no image from anywhere. Without events it tells only what
+    the ledger does."""
+    parts = [section(data) for section in SECTIONS] if data.events else [_plain_title(data)]
+    known = ledger_sections(ledger) if ledger else ""
+    sections = "".join([*parts[:-1], known, parts[-1]] if data.events else [*parts, known])
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'"  # were anything of the data taken for HTML: it does nothing
     )
@@ -43,7 +48,7 @@ def render(data: Data) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(data.listing.run)} · ckpt report</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main>{sections}</main></body></html>\n"
+        f"<style>{STYLE}{AVERAGES_STYLE}</style></head><body><main>{sections}</main></body></html>\n"
     )
 
 
@@ -53,6 +58,11 @@ def _section(name: str, title: str, text: str, content: str) -> str:
 
 def _count(n: int, word: str) -> str:
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
+def _plain_title(data: Data) -> str:
+    n = len(data.commits)
+    return f"<header><p>ckpt report</p><h1>{esc(data.listing.run)}</h1><p>{esc(_count(n, 'checkpoint'))}</p></header>"
 
 
 def _title(data: Data) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 __all__ = [
+    "INNER",
+    "LEFT",
     "STYLE",
     "Axis",
     "Bar",
@@ -24,13 +26,18 @@ __all__ = [
     "clean",
     "clock",
     "esc",
+    "grid",
     "heat_map",
     "legend",
+    "levels_of",
     "line",
     "milliseconds",
+    "nice",
+    "path_of",
     "seconds",
     "size",
     "stems",
+    "svg",
     "table",
     "timeline",
 ]
@@ -38,7 +45,7 @@ __all__ = [
 T = TypeVar("T")
 
 WIDTH, LEFT, RIGHT = 1080, 104, 16
-_INNER = WIDTH - LEFT - RIGHT
+INNER = WIDTH - LEFT - RIGHT
 _PIXELS = 4  # marks nearer to each other than this become one
 _LEVELS = 7
 _TICKS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
@@ -126,16 +133,16 @@ class Axis:
         return max(0, min(parts - 1, int((time - self.began) / self.span * parts)))
 
     def x(self, time: float) -> float:
-        return LEFT + _INNER * min(1.0, max(0.0, (time - self.began) / self.span))
+        return LEFT + INNER * min(1.0, max(0.0, (time - self.began) / self.span))
 
     def ticks(self) -> list[tuple[float, str]]:
-        step = next((t for t in _TICKS if self.span / t <= 9), 0) or _nice(self.span / 86400 / 9) * 86400
+        step = next((t for t in _TICKS if self.span / t <= 9), 0) or nice(self.span / 86400 / 9) * 86400
         return [
             (self.x(self.began + i * step), clock(i * step) if i else "0") for i in range(int(self.span / step) + 1)
         ]
 
 
-def _nice(value: float) -> float:
+def nice(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten that is not below `value`."""
     if value <= 0:
         return 1.0
@@ -143,7 +150,7 @@ def _nice(value: float) -> float:
     return next((m * power for m in (1, 2, 5) if m * power >= value * (1 - 1e-9)), 10 * power)
 
 
-def _grid(ticks: Iterable[tuple[float, str]], top: float, bottom: float) -> str:
+def grid(ticks: Iterable[tuple[float, str]], top: float, bottom: float) -> str:
     """Vertical lines with their labels below."""
     out = []
     for x, label in ticks:
@@ -154,7 +161,7 @@ def _grid(ticks: Iterable[tuple[float, str]], top: float, bottom: float) -> str:
     return "".join(out)
 
 
-def _levels(ticks: Iterable[tuple[float, str]]) -> str:
+def levels_of(ticks: Iterable[tuple[float, str]]) -> str:
     """Horizontal lines with their labels on the left."""
     return "".join(
         f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
@@ -163,7 +170,7 @@ def _levels(ticks: Iterable[tuple[float, str]]) -> str:
     )
 
 
-def _svg(name: str, height: float, content: str) -> str:
+def svg(name: str, height: float, content: str) -> str:
     view = f'viewBox="0 0 {WIDTH} {height:.0f}"'
     return f'<div class="wide"><svg {view} role="img" aria-label="{esc(name)}">{content}</svg></div>'
 
@@ -185,7 +192,7 @@ def timeline(axis: Axis, starts: Sequence[tuple[float, str]], lanes: Sequence[tu
     """Lanes of marks under each other; `starts` are lines through all of them."""
     lane, top = 34, 26
     bottom = top + lane * len(lanes)
-    out = [_grid(axis.ticks(), top, bottom)]
+    out = [grid(axis.ticks(), top, bottom)]
     free = 0.0
     for x, names in _near([(axis.x(t), name) for t, name in starts]):
         name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
@@ -201,7 +208,7 @@ def timeline(axis: Axis, starts: Sequence[tuple[float, str]], lanes: Sequence[tu
         for look in looks:
             for x, some in _near([(axis.x(m.time), m) for m in marks if m.look == look]):
                 out.append(f'<path class="m-{look}" d="{_shape(look, x, y)}"><title>{esc(_told(some))}</title></path>')
-    return _svg("timeline", bottom + 24, "".join(out))
+    return svg("timeline", bottom + 24, "".join(out))
 
 
 def _near(items: Iterable[tuple[float, T]]) -> list[tuple[float, list[T]]]:
@@ -239,18 +246,18 @@ def heat_map(axis: Axis, rows: Sequence[str], columns: int, cells: Mapping[tuple
     """(row, column) -> cell, columns being equal parts of the axis; with the legend of its colours, in milliseconds."""
     bounds = _bounds(max((c.seconds for c in cells.values()), default=0.0))
     height = min(26.0, max(7.0, 360 / len(rows)))
-    top, width = 6, _INNER / columns
+    top, width = 6, INNER / columns
     bottom = top + height * len(rows)
     gap = 1.0 if width > 4 and height > 6 else 0.0
-    out = [f'<rect class="empty" x="{LEFT}" y="{top}" width="{_INNER}" height="{bottom - top:.1f}"/>']
-    out += [_names(rows, top, height), _grid(axis.ticks(), top, bottom)]
+    out = [f'<rect class="empty" x="{LEFT}" y="{top}" width="{INNER}" height="{bottom - top:.1f}"/>']
+    out += [_names(rows, top, height), grid(axis.ticks(), top, bottom)]
     for (row, column), cell in sorted(cells.items()):
         x, y, level = LEFT + column * width, top + row * height, bisect.bisect_right(bounds, cell.seconds)
         at = f'x="{x:.1f}" y="{y:.1f}" width="{width - gap:.1f}" height="{height - gap:.1f}"'
         out.append(f'<rect class="h{level}" {at}><title>{esc(cell.text)}</title></rect>')
     steps = [f"below {milliseconds(bounds[0])}", *(f"{milliseconds(b)} and more" for b in bounds)]
     shown = [(f"h{i}", label) for i, label in enumerate(steps)]
-    return _svg("heat map", bottom + 24, "".join(out)) + legend([*shown, ("empty", "no event")])
+    return svg("heat map", bottom + 24, "".join(out)) + legend([*shown, ("empty", "no event")])
 
 
 def _bounds(most: float) -> list[float]:
@@ -282,7 +289,7 @@ def bars(rows: Sequence[Bar]) -> str:
     """Horizontal stacked bars with a note behind each, all of one scale."""
     height = min(28.0, max(10.0, 400 / len(rows)))
     notes = 150 if height >= 13 else 0
-    scale = (_INNER - notes) / (max(sum(length for _, length, _ in r.parts) for r in rows) or 1.0)
+    scale = (INNER - notes) / (max(sum(length for _, length, _ in r.parts) for r in rows) or 1.0)
     top = 4
     out = [_names([r.name for r in rows], top, height)]
     for i, r in enumerate(rows):
@@ -293,7 +300,7 @@ def bars(rows: Sequence[Bar]) -> str:
             x += length * scale
         if notes:
             out.append(f'<text x="{x + 8:.1f}" y="{y + height / 2 + 3:.1f}">{esc(r.note)}</text>')
-    return _svg("seconds by part", top + height * len(rows) + 4, "".join(out))
+    return svg("seconds by part", top + height * len(rows) + 4, "".join(out))
 
 
 @dataclass(frozen=True)
@@ -311,13 +318,13 @@ def line(dots: Sequence[Dot], levels: Sequence[tuple[float, str]]) -> str:
     """Milliseconds over steps, on a logarithmic scale: one slow snapshot must not flatten all others. Dots by `at`."""
     top, bottom = 10, 210
     values = [d.low for d in dots if d.low > 0] or [1e-3]
-    floor, ceiling = _nice(min(values)), _nice(max(d.high for d in dots))
+    floor, ceiling = nice(min(values)), nice(max(d.high for d in dots))
     floor = floor if floor <= min(values) else floor / 2.5
     span = math.log10(max(ceiling / floor, 2.0))
     first, last = dots[0].at, dots[-1].at
 
     def x(at: float) -> float:
-        return LEFT + _INNER * ((at - first) / (last - first) if last > first else 0.5)
+        return LEFT + INNER * ((at - first) / (last - first) if last > first else 0.5)
 
     def y(value: float) -> float:
         return bottom - (bottom - top) * min(1.0, math.log10(max(value, floor) / floor) / span)
@@ -326,14 +333,14 @@ def line(dots: Sequence[Dot], levels: Sequence[tuple[float, str]]) -> str:
     series = [m * 10.0**p for p in range(power, power + math.ceil(span) + 2) for m in (1, 2, 5)]
     series = [s for s in series if floor * 0.999 <= s <= floor * 10**span * 1.001]
     every = math.ceil(len(series) / 8)
-    step = max(1.0, _nice((last - first) / 10))
+    step = max(1.0, nice((last - first) / 10))
     begin = math.ceil(first / step)
     steps = [(x(i * step), f"{i * step:,.0f}") for i in range(begin, int(last / step) + 1)]
-    out = [_grid(steps, top, bottom), _levels((y(s), milliseconds(s)) for s in series[::every])]
+    out = [grid(steps, top, bottom), levels_of((y(s), milliseconds(s)) for s in series[::every])]
     there, back = [(x(d.at), y(d.high)) for d in dots], [(x(d.at), y(d.low)) for d in reversed(dots)]
-    out.append(f'<path class="area" d="{_path([*there, *back])}z"/>')
+    out.append(f'<path class="area" d="{path_of([*there, *back])}z"/>')
     out += [f'<path class="level" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>' for value, _ in levels]
-    out.append(f'<path class="line" d="{_path([(x(d.at), y(d.mid)) for d in dots])}"/>')
+    out.append(f'<path class="line" d="{path_of([(x(d.at), y(d.mid)) for d in dots])}"/>')
     for d in dots:
         at = f'cx="{x(d.at):.1f}" cy="{y(d.mid):.1f}"'
         out.append(f'<circle class="dot" {at} r="2"><title>{esc(d.text)}</title></circle>')
@@ -344,10 +351,10 @@ def line(dots: Sequence[Dot], levels: Sequence[tuple[float, str]]) -> str:
                 f'<text class="strong" x="{WIDTH - RIGHT}" y="{y(value) - 4:.1f}" text-anchor="end">{esc(name)}</text>'
             )
             free = y(value) - 14
-    return _svg("stall over steps", bottom + 24, "".join(out))
+    return svg("stall over steps", bottom + 24, "".join(out))
 
 
-def _path(points: Iterable[tuple[float, float]]) -> str:
+def path_of(points: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
@@ -356,16 +363,16 @@ def stems(axis: Axis, things: Sequence[tuple[float, int, str]]) -> str:
     top, bottom = 10, 150
     most = max(n for _, n, _ in things) or 1
     unit = 1024.0 ** int(math.log2(most) / 10)
-    step = _nice(most / unit / 4) * unit
+    step = nice(most / unit / 4) * unit
     scale = (bottom - top) / (math.ceil(most / step) * step)
     ticks = [(bottom - i * step * scale, size(i * step)) for i in range(math.ceil(most / step) + 1)]
-    out = [_grid(axis.ticks(), top, bottom), _levels(ticks)]
+    out = [grid(axis.ticks(), top, bottom), levels_of(ticks)]
     for x, some in _near([(axis.x(t), (n, text)) for t, n, text in things]):
         n, text = max(some)
         text = text if len(some) == 1 else f"the largest of {len(some)}: {text}"
         at = f'x="{x - 1.5:.1f}" y="{bottom - n * scale:.1f}" width="3" height="{n * scale:.1f}"'
         out.append(f'<rect class="m-save" {at}><title>{esc(text)}</title></rect>')
-    return _svg("bytes of saves", bottom + 24, "".join(out))
+    return svg("bytes of saves", bottom + 24, "".join(out))
 
 
 STYLE = """

@@ -167,8 +167,8 @@ def test_the_page_can_be_read_and_has_all_sections(run: Path, tmp_path: Path) ->
     assert "3 snapshots sealed, 2 saves committed, 1 skipped, 2 voided or failed" in lines[1]
     assert "0.0556 % of the loop" in lines[2]
     page = Page((tmp_path / "page.html").read_text())
-    assert page.ids == SECTION_IDS
-    assert page.names.count("svg") == 5 and "script" not in page.names
+    assert page.ids == [*SECTION_IDS, "metrics"]
+    assert page.names.count("svg") == 6 and "script" not in page.names
     for text in (
         str(run),
         "generation 2",
@@ -228,6 +228,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
         "header",
         "h1",
         "h2",
+        "h3",
         "p",
         "section",
         "div",
@@ -254,7 +255,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     assert not [k for k, _ in page.attributes if k.startswith("on") or k == "src"]
     assert "<script" not in text and "<img" not in text and "<b>&amp;" not in text
     assert HOSTILE in page.text  # shown as it is
-    assert page.ids == SECTION_IDS
+    assert page.ids == [*SECTION_IDS, "metrics"]
 
 
 def test_characters_that_do_not_show_are_replaced_and_text_is_cut() -> None:
