@@ -28,7 +28,19 @@ import torch.distributed as dist
 
 from benchmarks.state import TrainingState, build_state
 
-__all__ = ["Failed", "Rank", "Rounds", "Sample", "World", "drop_caches", "empty", "rotated", "settle", "warm_up"]
+__all__ = [
+    "Failed",
+    "Rank",
+    "Rounds",
+    "Sample",
+    "World",
+    "drop_caches",
+    "empty",
+    "read_bytes",
+    "rotated",
+    "settle",
+    "warm_up",
+]
 
 DEADLINE = 600.0
 
@@ -63,14 +75,14 @@ class Rank:
         """Runs `call` once all ranks are ready; times are on the machine's one monotonic clock."""
         gc.collect()
         dist.barrier()
-        cpu, read, start = _cpu_seconds(), _read_bytes(), time.perf_counter()
+        cpu, read, start = _cpu_seconds(), read_bytes(), time.perf_counter()
         extra = call()
         end = time.perf_counter()
         return {
             "start": start,
             "end": end,
             "cpu": _cpu_seconds() - cpu,
-            "read": _read_bytes() - read,
+            "read": read_bytes() - read,
             "extra": extra or {},
         }
 
@@ -80,7 +92,7 @@ def _cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
-def _read_bytes() -> int:
+def read_bytes() -> int:
     """Bytes that this process took through read calls, from cache or disk. Memory-mapped reads do not show."""
     with open("/proc/self/io") as f:
         return int(f.readline().split()[1])

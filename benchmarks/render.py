@@ -27,6 +27,7 @@ BENCHES = (
     "rebuild",
     "average",
     "fold",
+    "search",
     "object_storage",
     "erasure",
     "goodput",
