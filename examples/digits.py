@@ -29,7 +29,7 @@ import ckpt
 
 WIDTH, BATCH, LEARNING_RATE, WARMUP = 192, 128, 1e-3, 50
 RATES = (0.99, 0.997, 0.999, 0.9997)
-SAVES, COMBINED = 48, 16
+COMBINED = 16
 STEPS_OF_SAMPLER = 12
 FEATURES = 16
 
@@ -137,8 +137,8 @@ class Judge:
         return 1000 * frechet(self._features.moments(sampled(self._model, self._noise[which])), self._there[which])
 
 
-def train(run: Path, images: Tensor, total: int, seed: int) -> None:
-    """Saves the model and its EMAs `SAVES` times, evenly."""
+def train(run: Path, images: Tensor, total: int, every: int, seed: int) -> None:
+    """Saves the model and its EMAs every so many steps."""
     torch.manual_seed(seed)
     model = Flow()
     averages = {
@@ -158,7 +158,7 @@ def train(run: Path, images: Tensor, total: int, seed: int) -> None:
         optimizer.step()
         for average in averages.values():
             average.update_parameters(model)
-        if step % (total // SAVES) == 0:
+        if step % every == 0:
             state = {"model": model, **{name: average.module for name, average in averages.items()}}
             ckpt.save(state, run, step=step, metrics={"loss": loss.item()})
 
@@ -174,19 +174,20 @@ def curves(run: Path, judge: Judge) -> dict[str, dict[int, float]]:
     return out
 
 
-def searched(run: Path, judge: Judge, ends: list[int], budget: int, seed: int) -> dict[str, dict[int, float]]:
+def searched(
+    run: Path, judge: Judge, ends: list[int], every: int, budget: int, seed: int
+) -> dict[str, dict[int, float]]:
     """Name -> step -> held-out distance of what is found among the last saves up to that step."""
-    every = ends[-1] // SAVES
     out: dict[str, dict[int, float]] = {}
     for end in ends:
-        for name, method, evaluations in (("best of the ladder", "ladder", 100), ("LCSC", "lcsc", budget)):
+        for name, method in (("best of the ladder", "ladder"), ("LCSC", "lcsc")):
             found = ckpt.search(
                 run,
                 lambda state: judge(state.under("model"), "search"),
                 method=method,
-                budget=evaluations,
+                budget=budget,
                 only=["model"],
-                steps=f"{end - (COMBINED - 1) * every}:{end}",
+                steps=f"{max(0, end - (COMBINED - 1) * every)}:{end}",
                 seed=seed,
             )
             model = Flow()
@@ -235,18 +236,19 @@ def main(tell: Callable[[str], None] = print) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--budget", type=int, default=120, help="evaluations of each search")
+    parser.add_argument("--saves", type=int, default=48)
     parser.add_argument("--samples", type=int, default=1000, help="images to score a candidate by")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that the numbers do not depend on how many there are
     given = digits()
     judge = Judge(given, args.samples)
-    ends = [args.steps // 2, args.steps]
+    ends, every = [args.steps // 2, args.steps], args.steps // args.saves
     results: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         began = time.monotonic()
         run = args.out / f"seed-{seed}"
-        train(run, given.train, args.steps, seed)
-        results.append({**curves(run, judge), **searched(run, judge, ends, args.budget, seed)})
+        train(run, given.train, args.steps, every, seed)
+        results.append({**curves(run, judge), **searched(run, judge, ends, every, args.budget, seed)})
         tell(f"{run.name}: last step {results[-1]['last step'][args.steps]:.2f}, {time.monotonic() - began:.0f} s")
     (args.out / "digits.json").write_text(json.dumps({"steps": args.steps, "results": results}, indent=1) + "\n")
     tell(table(results, ends))

@@ -125,12 +125,12 @@ def pretrained(out: Path, steps: int) -> Path:
     return run
 
 
-def tuned(base: Path, run: Path, code: Tensor, total: int, decay: bool, seed: int) -> dict[str, float]:
+def tuned(base: Path, run: Path, code: Tensor, total: int, decay: bool, seed: int, windows: int) -> dict[str, float]:
     """Fine-tunes from one seed; name -> held-out loss of the last step, of each average, and before."""
     edge = int(len(code) * 0.9)
     model = gpt.GPT(CONFIG)
     ckpt.load({"model": model}, base)
-    out = {"before the fine-tuning": loss_of(model, code[edge:], 512)}
+    out = {"before the fine-tuning": loss_of(model, code[edge:], windows)}
     torch.manual_seed(seed)
     adapters = adapted(model)
     train(
@@ -142,11 +142,11 @@ def tuned(base: Path, run: Path, code: Tensor, total: int, decay: bool, seed: in
         decay,
         lambda step, loss: ckpt.save({"adapters": adapters}, run, step=step, metrics={"loss": loss}),
     )
-    out["last step"] = loss_of(model, code[edge:], 512)
+    out["last step"] = loss_of(model, code[edge:], windows)
     for name, weights in RECIPES.items():
         last = SAVES // 2 if weights == "half" else None
         ckpt.load({"adapters": adapters}, ckpt.average(run, weights="uniform" if last else weights, last=last))
-        out[name] = loss_of(model, code[edge:], 512)
+        out[name] = loss_of(model, code[edge:], windows)
     return out
 
 
@@ -174,6 +174,7 @@ def main(tell: Callable[[str], None] = print) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--base", type=int, default=960, help="steps of training before the fine-tuning")
     parser.add_argument("--steps", type=int, default=360, help="steps of the fine-tuning")
+    parser.add_argument("--windows", type=int, default=512, help="of the held-out text")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that the numbers do not depend on how many there are
     base, code = pretrained(args.out, args.base), source_code()
@@ -182,7 +183,7 @@ def main(tell: Callable[[str], None] = print) -> None:
         for seed in range(args.seeds):
             began = time.monotonic()
             run = args.out / f"{'decayed' if decay else 'constant'}-{seed}"
-            found = tuned(base, run, code, args.steps, decay, seed)
+            found = tuned(base, run, code, args.steps, decay, seed, args.windows)
             results.setdefault(schedule, []).append(found)
             tell(f"{run.name}: last step {found['last step']:.4f}, {time.monotonic() - began:.0f} s")
     (args.out / "lora.json").write_text(json.dumps({"steps": args.steps, "results": results}, indent=1) + "\n")
