@@ -21,6 +21,7 @@ _SIZED = (
     "average",
     "fold",
     "object_storage",
+    "protect",
 )
 _STATEFUL = (*(b for b in _SIZED if b != "fold"), "flat")
 _ON_RANKS = ("save", "load", "memory", "stall", "loop", "durable", "flat", "restart", "object_storage")

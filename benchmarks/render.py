@@ -30,6 +30,7 @@ BENCHES = (
     "search",
     "object_storage",
     "erasure",
+    "protect",
     "goodput",
 )
 

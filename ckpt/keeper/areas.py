@@ -116,7 +116,8 @@ class Areas:
     def leave(self, number: int) -> None:
         """He is done; under the lock."""
         self._folding[number] -= 1
-        self._lock.notify_all()
+        if not self._folding[number]:  # not at each piece: threads that wait for orders would wake
+            self._lock.notify_all()
 
     def fold(
         self, group: tuple[int, int], chunk: int, row: int, place: tuple[int, int], target: Bytes, data: Bytes

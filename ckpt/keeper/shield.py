@@ -371,7 +371,8 @@ class Shield:
     def returned(self, errand: Errand) -> None:
         with self._lock:
             self._reading[errand.slot] -= 1
-            self._lock.notify_all()
+            if not self._reading[errand.slot]:
+                self._lock.notify_all()
 
     def undelivered(self, errand: Errand, why: str) -> None:
         """A chunk did not arrive."""

@@ -190,13 +190,13 @@ class Courier:
         total = errand.stop - errand.start
         for start, stop in pieces(errand.start, errand.stop):
             self._throttle.take(stop - start)
+            sock = self._connected()  # which may take seconds, in which nothing is lent
             lent = self._sender.lend(errand, start, stop)
             if lent is None:
                 if start > errand.start:
                     self._hang_up()  # the other end is in the middle of a chunk
                 return
             try:
-                sock = self._connected()
                 faults.point("shield sending")
                 parts, crc = lent
                 head = _HEADER.pack(

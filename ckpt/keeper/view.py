@@ -95,9 +95,13 @@ def _view(pid: int, head: Mapping[str, Any]) -> KeeperView:
         trainers={int(t["rank"]): int(t["pid"]) for t in head["trainers"]},
         steps=tuple(sorted(steps, key=lambda s: (s.generation, s.step))),
         memory=int(head["memory"]),
-        parity=int(head["parity"]),
-        group=tuple(str(h) for h in head["group"]),
-        code=tuple(int(n) for n in head["code"]),
-        announced=(int(head["announced"][0]), int(head["announced"][1])) if head["announced"] else None,
-        lost=tuple(str(h) for h in head["lost"]),
+        parity=int(head.get("parity", 0)),  # a keeper that was started by an older version tells nothing of it
+        group=tuple(str(h) for h in head.get("group", ())),
+        code=tuple(int(n) for n in head.get("code", ())),
+        announced=_key(head.get("announced")),
+        lost=tuple(str(h) for h in head.get("lost", ())),
     )
+
+
+def _key(told: Any) -> tuple[int, int] | None:
+    return (int(told[0]), int(told[1])) if told else None

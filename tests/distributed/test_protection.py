@@ -14,6 +14,8 @@ from fleet import Fleet, Trainer, alive, until
 from ckpt.config import ErasureCode, Replicas
 from ckpt.keeper.groups import Placement
 from ckpt.keeper.shield import host_of
+from ckpt.keeper.view import keepers_here
+from ckpt.snapshot.arena import rounded
 
 MIB = 1 << 20
 Made = Callable[..., Fleet]
@@ -58,6 +60,17 @@ def test_every_byte_of_parity(made: Made, count: int, redundancy: Any) -> None:
     placement = fleet.check(key)
     [group] = placement.groups
     assert len(group.hosts) == count and key[1] >= 4
+    mine = [k for k in keepers_here() if k.run == fleet.run]
+    assert [k.host for k in mine] == sorted(fleet.sizes)
+    for k in mine:
+        assert k.announced == key and k.group == tuple(host_of(h.name) for h in group.hosts) and k.lost == ()
+        assert k.code == (group.data, group.parity) and k.parity == 2 * rounded(
+            group.shares[k_name(fleet, k.host)].parity_bytes
+        )
+
+
+def k_name(fleet: Fleet, host: str) -> str:
+    return fleet.holding(host).inventory.host
 
 
 def begun(fleet: Fleet, generation: int = 1, start: int = 0, names: list[str] | None = None) -> Fleet:
@@ -67,10 +80,10 @@ def begun(fleet: Fleet, generation: int = 1, start: int = 0, names: list[str] | 
     return fleet
 
 
-def covered(fleet: Fleet, of: list[str] | None = None) -> tuple[int, int]:
+def covered(fleet: Fleet) -> tuple[int, int]:
     """The newest step that all hosts which are left have encoded in full, with fewer missing than its groups have parity:
     every byte of it is checked."""
-    held = [fleet.holding(h) for h in of or fleet.trainers]
+    held = [fleet.holding(h) for h in fleet.trainers]
     names = {h.inventory.host for h in held}
     found = []
     for key, placement in {k: p for h in held for k, p in h.inventory.whole.items()}.items():
@@ -193,10 +206,20 @@ def test_a_keeper_that_is_stopped_for_a_while(made: Made) -> None:
     fleet = begun(made(hosts(3), Replicas(2), env={"CKPT_PROTECT_PATIENCE": "1"}, own=own))
     until(lambda: fleet.trainers["h0"].said("lagging"), "it is said")
     now = max(fleet.trainers["h0"].announced())
-    covered(fleet, ["h0", "h2"])
+    fleet.check((1, now), ["h0", "h2"])
     fleet.resume("h1")
     fleet.announced(now + 3)
     fleet.check(fleet.rest())
+
+
+def test_a_slow_link(made: Made) -> None:
+    """An encoding may take longer than the seconds without a byte after which it begins anew: bytes come all the time."""
+    env = {"CKPT_PROTECT_PATIENCE": "1", "CKPT_PROTECT_GBPS": "0.003"}
+    fleet = begun(made(hosts(3, 5 * MIB), Replicas(2), env=env))
+    fleet.announced(1)
+    key = fleet.rest()
+    assert not any(t.said("lagging") for t in fleet.trainers.values())
+    fleet.check(key)
 
 
 def test_a_seat_that_is_cut_off_for_a_while(made: Made) -> None:
