@@ -6,7 +6,11 @@ A GPT of 10.9 million parameters learns Python's own documentation on 4 processe
 interrupted. A second one loses a rank to SIGKILL in the middle; it restarts on 4 processes and has to end bitwise
 where the first one ends. Then the same checkpoint restarts on 2 processes with another sharding, on 2x2 HSDP and on
 1 process: each has to load bitwise equal state, and its losses may be no further from the first run than three
-times what changing the layout in memory does, without any checkpoint. The exit code is 0 if all of that is true.
+times what changing the layout in memory does, without any checkpoint.
+
+Then six hosts hold every step of another run in each other's memory, two of them are lost in the middle of training, and
+the four that are left go on from that memory with the losses of an uninterrupted run (`demo_hosts.py`). The exit code is 0
+if all of that is true.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import demo_disk
+import demo_hosts
 import torch
 from demo_launch import Clock, Ended, launch
 from demo_log import stored_leaves
@@ -125,7 +130,7 @@ def facts(demo: Demo) -> dict[str, Any]:
 
 def clean(out: Path) -> None:
     """Remove what an earlier demo left in its directory, and only that."""
-    for name in ("run", "logs", *(f"run-{layout}" for layout in ELSEWHERE)):
+    for name in ("run", "run-hosts", "logs", *(f"run-{layout}" for layout in ELSEWHERE)):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("demo.json", "demo.html"):
         (out / name).unlink(missing_ok=True)
@@ -140,12 +145,14 @@ def main() -> int:
     clean(out)
     demo = Demo(out, Plan())
     rows = demo.rows()
+    story = demo_hosts.tell(demo.clock, out)
     about = facts(demo)
-    ok = all(row.ok for row in rows)
-    record = {"ok": ok, "facts": about, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+    ok = all(row.ok for row in rows) and story.ok
+    told = {"rows": [{**asdict(row), "ok": row.ok} for row in rows], "hosts": {**asdict(story), "ok": story.ok}}
+    record = {"ok": ok, "facts": about, **told}
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "demo.html").write_text(page(rows, about))
-    print_table(rows, about)
+    (out / "demo.html").write_text(page(rows, about, story))
+    print_table(rows, about, story)
     for name in ("demo.html", "demo.json"):
         print(f"wrote {out / name}")
     return 0 if ok else 1

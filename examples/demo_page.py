@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from demo_result import TOLERANCE, Row
+from demo_hosts import STEPS, Story
+from demo_result import TOLERANCE, Check, Row
 from demo_table import COLUMNS, cells, notes
 
 STYLE = """
@@ -41,13 +42,13 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 60, 20, 16, 44
 Point = tuple[float, float]
 
 
-def page(rows: Sequence[Row], facts: dict[str, Any]) -> str:
+def page(rows: Sequence[Row], facts: dict[str, Any], story: Story) -> str:
     """The whole document."""
-    ok = all(row.ok for row in rows)
+    ok = all(row.ok for row in rows) and story.ok
     plan = facts["plan"]
     restarts = [row for row in rows if row.name.startswith("restart")]
-    count = sum(len(row.checks) for row in rows)
-    failed = sum(not check.ok for row in rows for check in row.checks)
+    found = [check.ok for part in (*rows, story) for check in part.checks]
+    count, failed = len(found), found.count(False)
     verdict = f"all {count} checks passed" if ok else f"{failed} of {count} checks failed"
     body = [
         "<h1>One rank killed, the same training everywhere</h1>",
@@ -73,8 +74,11 @@ def page(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "<h2>Runs</h2>",
         _table(rows),
         '<p class="notes soft">' + "<br>".join(escape(note) for note in notes(facts, rows)) + "</p>",
+        "<h2>Two of six hosts lost</h2>",
+        *_hosts(story),
         "<h2>Checks</h2>",
-        *(_checks(row) for row in rows),
+        *(_checks(f"{row.title}: {row.layout.title}", row.checks) for row in rows),
+        _checks("two of six hosts lost: the run goes on on four", story.checks),
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
@@ -202,11 +206,37 @@ def _table(rows: Sequence[Row]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _checks(row: Row) -> str:
+def _hosts(story: Story) -> list[str]:
+    """The run that loses hosts: its curve, and what happened when."""
+    low, high = min(y for _, y in story.losses), max(y for _, y in story.losses)
+    scale = _Scale(0, STEPS - 1, low - 0.1, high + 0.1, 260)
+    before = [p for p in story.losses if p[0] <= story.lost_at][: story.lost_at + 1]
+    names = " and ".join(f"h{n}" for n in story.lost)
+    marks = [
+        scale.frame(_ticks(low, high, 0.5), lambda y: f"{y:.1f}"),
+        scale.curve([p for p in story.losses if p[0] >= story.resumed_at], "var(--c1)", "stroke-width:6"),
+        scale.curve(before, "var(--killed)"),
+        scale.upright(story.lost_at, f"{names} lost; four hosts go on with step {story.resumed_at}", "start"),
+    ]
+    rows = "".join(
+        f"<tr><td>{s:.2f} s</td><td style='text-align:left'>{escape(t)}</td></tr>" for s, t in story.timeline
+    )
+    return [
+        "<p>Every step is held in the memory of six hosts, each with its own address, keeper and trainer, under an erasure "
+        "code of 4 + 2; nothing is written to storage before the end. Two hosts are killed with everything on them. "
+        f'<span class="soft">Here the hosts are {escape(story.how)}.</span></p>',
+        _figure(
+            scale.svg(marks, "training loss over steps"), "Training loss on six hosts, then on the four that are left."
+        ),
+        f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>',
+    ]
+
+
+def _checks(title: str, checks: Sequence[Check]) -> str:
     items = []
-    for check in row.checks:
+    for check in checks:
         mark = '<span class="good">✓</span>' if check.ok else '<span class="bad">✗</span>'
         detail = f' <span class="soft">{escape(check.detail)}</span>' if check.detail else ""
         items.append(f"<li>{mark} {escape(check.name)}{detail}</li>")
-    summary = f"{escape(row.title)}: {escape(row.layout.title)}"
-    return f'<details{"" if row.ok else " open"}><summary>{summary}</summary><ul class="checks">{"".join(items)}</ul></details>'
+    shown = "" if all(check.ok for check in checks) else " open"
+    return f'<details{shown}><summary>{escape(title)}</summary><ul class="checks">{"".join(items)}</ul></details>'

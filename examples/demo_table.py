@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from demo_hosts import Story
 from demo_result import Row
 from rich.console import Console
 from rich.table import Table
@@ -63,7 +64,7 @@ def notes(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def print_table(rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def print_table(rows: Sequence[Row], facts: dict[str, Any], story: Story) -> None:
     """Rows, every check that failed, what the columns mean, and the verdict."""
     console = Console(width=None if Console().is_terminal else 170)
     table = Table(title="one checkpoint, every layout")
@@ -74,12 +75,15 @@ def print_table(rows: Sequence[Row], facts: dict[str, Any]) -> None:
     console.print(table)
     for line in notes(facts, rows):
         console.print(f"  {line}", style="dim", highlight=False, soft_wrap=True)
-    for row in rows:
-        for check in row.checks:
+    console.print(f"six hosts ({story.how}), group 4+2, two of them lost", style="bold", highlight=False)
+    for seconds, text in story.timeline:
+        console.print(f"  {seconds:7.2f} s  {text}", highlight=False, soft_wrap=True)
+    for name, checks in [*((row.name, row.checks) for row in rows), ("hosts", story.checks)]:
+        for check in checks:
             mark = "[green]ok  [/]" if check.ok else "[bold red]FAIL[/]"
             detail = f" ({check.detail})" if check.detail else ""
-            console.print(f"  {mark} {row.name}: {check.name}{detail}", highlight=False, soft_wrap=True)
-    count = sum(len(row.checks) for row in rows)
-    failed = sum(not check.ok for row in rows for check in row.checks)
+            console.print(f"  {mark} {name}: {check.name}{detail}", highlight=False, soft_wrap=True)
+    found = [check.ok for part in (*rows, story) for check in part.checks]
+    count, failed = len(found), found.count(False)
     verdict = f"all {count} checks passed" if not failed else f"{failed} of {count} checks FAILED"
     console.print(f"{verdict} in {facts['seconds']:.0f} s", style="bold green" if not failed else "bold red")
