@@ -157,8 +157,7 @@ class Seat:
         elif kind == "left":
             decisions = lead.done_reading(f"rank {rank}", now) + lead.leave(rank, str(event["why"]), now)
         elif kind == "reading":
-            if int(event["slot"]) in lead.slots:  # of a life that this seat did not lead it may not be
-                lead.read(int(event["slot"]), f"rank {rank}")
+            lead.read(int(event["slot"]), f"rank {rank}")
         elif kind == "done":
             if event["damaged"]:
                 lead.damaged((int(event["damaged"][0]), int(event["damaged"][1])))
