@@ -329,7 +329,7 @@ class Keeping:
             prepared.work.layout, prepared.sources, prepared.lazy, self.member.slots[slot].buffer,
             checked=config.check_copies, and_then=before_changes if later or called.confirm else None,
         )  # fmt: skip
-        marks = {"marks": self.averages.marks(step, metrics)} if self.averages.rules else {}
+        marks = {"marks": self.averages.marks(step, metrics), "epoch": self._epoch} if self.averages.rules else {}
         objects = [[o.name, o.policy, o.encoding, o.text] for o in called.leaves.objects.values()]
         faults.point("trainer copied eagerly")
         head = {"step": step, "plan": prepared.key, "objects": objects, "metrics": dict(metrics), **marks}

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import faults
+from ckpt.errors import CkptError, IntegrityError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.dtypes import dtype
 from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
@@ -43,10 +44,11 @@ _SAMPLE = 8  # the drift is measured on every so many blocks
 @dataclass(frozen=True)
 class Base:
     """Averages of one rank as of some step: a pack, of which only the data is looked at, and what they remember. No pack:
-    averages that have not begun."""
+    averages that have not begun. `table`: checksums of the pack's blocks, where they are known."""
 
     pack: Bytes | None
     progress: Mapping[str, Progress]
+    table: npt.NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,11 @@ def fold_pack(
                 why = f"not finite: {_split(layout.pieces[places[0][0]], order)[1] or name}"
                 return fold_pack(snapshot, report, cut, base, step, marks, into, stop, why)
             block = first * wide // BLOCK
-            for (k, _), written in zip(places, after, strict=True):
-                table[int(layout.block[k]) + block] = crc32c(written)
+            for (k, _), read, written in zip(places, before, after, strict=True):
+                row = int(layout.block[k]) + block
+                if base.table is not None and read is not None and crc32c(read) != base.table[row]:
+                    raise IntegrityError(f"{layout.pieces[k].tensor.name}: in memory it is not what was folded")
+                table[row] = crc32c(written)
             if block % _SAMPLE == 0 and not refuse:
                 sums[:, 0] += found
                 sums[:, 1] += norm(theta, kind)
@@ -148,7 +153,7 @@ def fold_pack(
     for k, name in enumerate(order):
         drift[name] = float(sums[k, 0]) * (1 - r[k]) ** 2, float(sums[k, 1])
     done = pack_report(layout, cut.header, end)
-    return _Folded(done, Base(into[: layout.size], progress), refuse, drift, digest)
+    return _Folded(done, Base(into[: layout.size], progress, table), refuse, drift, digest)
 
 
 @dataclass
@@ -329,8 +334,11 @@ class Averaging:
             return
         self._running.discard((step, rank))
         if isinstance(found, Exception):
-            log.error("step %d of rank %d was not folded: %s", step, rank, found, exc_info=found)
-            self._tell(frame("missed", rank=rank, step=step, why=f"its averages: {type(found).__name__}: {found}"))
+            trace = None if isinstance(found, CkptError) else found
+            log.error("step %d of rank %d was not folded: %s", step, rank, found, exc_info=trace)
+            why = f"its averages: {type(found).__name__}: {found}"
+            again = {"replan": part["epoch"]} if isinstance(found, IntegrityError) else {}  # they go on from elsewhere
+            self._tell(frame("missed", rank=rank, step=step, why=why, **again))
         elif step in self._open:
             self._made[step, rank] = part, found
             self._tell(_told(part, found))

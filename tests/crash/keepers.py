@@ -207,6 +207,11 @@ class Job:
         assert self.cp is not None
         return {name: (v.folds, v.refused, v.step) for name, v in self.cp.averages.items()}
 
+    def sealed_steps(self) -> list[int]:
+        """Of this life, those that were sealed."""
+        assert self.cp is not None and self.cp.wait(WAIT)
+        return sorted(e.step for e in self.events if e.outcome == "sealed")
+
     def poison(self, step: int) -> None:
         """What is written into the small parameter at that step is no number."""
         self.optimizer.poisoned = step

@@ -25,14 +25,15 @@ RULES: dict[str, Any] = {"ema": ckpt.EMA(half_life=3), "mean": ckpt.Power(q=1)}
 SIZES = {"wide": WIDE, "small": 35, "seen": 1000}
 
 
-def expected(steps: list[int], name: str, leaf: str, salt: int = 0) -> np.ndarray[Any, Any]:
+def expected(steps: list[int], name: str, leaf: str, size: int = 0) -> np.ndarray[Any, Any]:
     """An average of the contents at these steps."""
+    size = size or SIZES[leaf]
     rates = weights.power_rates([s + 1 for s in steps], 1) if name == "mean" and len(steps) > 1 else [1.0]
     if name == "ema":
         rates = [1.0, *(-np.expm1(-np.log(2) * gap / 3) for gap in np.diff(steps))]
-    a = np.zeros(SIZES[leaf], dtype=np.float32)
+    a = np.zeros(size, dtype=np.float32)
     for step, rate in zip(steps, rates, strict=True):
-        x = content(step, "seen 0" if leaf == "seen" else leaf, SIZES[leaf], salt).numpy()
+        x = content(step, "seen 0" if leaf == "seen" else leaf, size).numpy()
         a = x.copy() if rate == 1 else a + np.float32(rate) * (x - a)
     return a
 
@@ -69,6 +70,8 @@ def _trainer_killed(folder: str, point: str) -> None:
         assert source == "memory"
         steps = sorted({*steps, *sealed, start - 1})
         assert steps[-1] == start - 1
+        if point == "trainer sealed":  # what was sealed is folded, whoever dies meanwhile
+            assert start - 1 == keepers.seen(run, "at")
         check(t, steps)
         steps += t("seal", 3)
         check(t, steps)
@@ -183,6 +186,24 @@ def test_another_rule_begins_another_average(fresh: Fresh, tmp_path: Path) -> No
     fresh(_other_rules, str(tmp_path))
 
 
+def _not_waited_for(folder: str) -> None:
+    """Steps follow one another faster than folds: two are sealed before the first is folded."""
+    with scene(folder) as run:
+        t = begin(run, wide=3_000_000)
+        t("restore")
+        t("train", 60)
+        steps = t("sealed_steps")
+        assert len(steps) > 3
+        for name in RULES:
+            found = t("average", name)
+            assert np.array_equal(found["wide"], expected(steps, name, "wide", 3_000_000)), (name, steps)
+        t.finish()
+
+
+def test_steps_that_overtake_folds_are_folded_in_order(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_not_waited_for, str(tmp_path))
+
+
 def _not_in_memory(folder: str) -> None:
     """The last step was skipped: the trainer stores it itself, with the averages of the step before."""
     with scene(folder) as run:
@@ -206,3 +227,28 @@ def _not_in_memory(folder: str) -> None:
 
 def test_a_step_that_the_trainer_stores_itself_has_them(fresh: Fresh, tmp_path: Path) -> None:
     fresh(_not_in_memory, str(tmp_path))
+
+
+def _damaged(folder: str) -> None:
+    with scene(folder) as run:
+        t = begin(run)
+        t("restore")
+        steps = t("seal", 3)
+        bad = expected(steps, "ema", "wide").tobytes()
+        found = 0
+        for path in keepers.slots_of(keepers.keeper(run)):
+            with open(path, "r+b") as f:
+                at = f.read().find(bad)
+                if at >= 0:
+                    f.seek(at + 1000)
+                    f.write(bytes([bad[1000] ^ 1]))
+                    found += 1
+        assert found == 1
+        later = t("seal", 2)
+        assert any("begin anew" in line for line in t("logged"))
+        check(t, later)
+        t.finish()
+
+
+def test_a_flipped_bit_is_not_folded(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_damaged, str(tmp_path))

@@ -22,7 +22,7 @@ from tests.distributed.pool import Pool
 
 WAIT = 60.0
 RULES = {"ema": ckpt.EMA(half_life=3), "late": ckpt.MWA("loss", 2.0)}
-LOSS = [3.0, 2.0, 2.5, 1.0, 1.5]
+LOSS = [3.0, 2.0, 2.5, 1.0, 1.5]  # of rank 0, which counts; the others have losses of their own
 LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("hsdp", 4), ("fsdp_tp", 4)]
 ENV = {"CKPT_GRACE": "20"}
 
@@ -53,7 +53,7 @@ def _step(cp: ckpt.Checkpointer, state: dict[str, Any], step: int) -> None:
     cp.fence()
     fill(state["model"], state["optimizer"], step)
     _granted(cp, step)
-    handle = cp.step(step, {"loss": LOSS[step]})
+    handle = cp.step(step, {"loss": LOSS[step] + dist.get_rank()})
     assert handle is not None and handle.result(WAIT).step == step
 
 
@@ -105,7 +105,7 @@ def _oracle(steps: list[int], rule: str) -> dict[str, np.ndarray[Any, Any]]:
         a = np.zeros(p.shape, dtype=np.float32)
         for n, step in enumerate(steps):
             x = content(stored, p.shape, step).numpy()
-            a = x if not n or name == "blocks.0.norm.bias" else a + np.float32(rates[n]) * (x - a)
+            a = x if rates[n] == 1 or name == "blocks.0.norm.bias" else a + np.float32(rates[n]) * (x - a)
         out[name] = a
     return out
 
@@ -178,7 +178,7 @@ def _two_hosts(rank: int, world: int, run: str, what: str) -> tuple[list[int], d
                         state["model"].odd.to_local().fill_(torch.nan)
             if what == "leaf" and step == 2:  # the ranks agree on another plan
                 state["more"] = torch.arange(5.0)
-            handle = cp.step(step, {"loss": LOSS[step % len(LOSS)]})
+            handle = cp.step(step, {"loss": LOSS[step % len(LOSS)] + rank})
             assert handle is None or handle.done(WAIT)
             mine = torch.tensor([int(handle is not None and handle.committed())])
             dist.all_reduce(mine)  # and all wait for one another
