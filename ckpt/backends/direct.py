@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.local import LocalBackend
@@ -22,6 +22,7 @@ __all__ = ["PAGE", "ReadOnce", "read_once"]
 PAGE = 4096
 """Bytes go straight to where they belong if address and place in the file are the same modulo this."""
 
+_LARGE = 64 << 10  # bytes that are worth a read of their own
 _SCRATCH = 2 << 20
 _CACHESTAT = 451  # Linux 6.5; the number is the same everywhere
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,25 +68,16 @@ class ReadOnce(LocalBackend):
     def _read(self, path: str, offset: int, into: Sequence[Buffer]) -> bool:
         """Whether the buffers are full."""
         file = self._open(path, self._at(path))
-        if len(into) == 1 and (_address(into[0]) - offset) % PAGE == 0:
-            return self._in_place(file.fd, offset, into[0])
-        if sum(len(v) for v in into) <= _SCRATCH:
-            return self._by_way(file.fd, offset, into)
-        for view in into:
-            for at in range(0, len(view), _SCRATCH):
-                part = view[at : at + _SCRATCH]
-                if not self._by_way(file.fd, offset, [part]):
-                    return False
-                offset += len(part)
-        return True
+        return all(
+            self._in_place(file.fd, at, views[0]) if alike else self._by_way(file.fd, at, views)
+            for at, views, alike in _calls(offset, into)
+        )
 
     def _in_place(self, fd: int, offset: int, view: Buffer) -> bool:
         """Whole pages go where they belong, what is before and after them by way of a page of scratch memory."""
         head = min(-offset % PAGE, len(view))
         tail = (offset + len(view)) % PAGE if head < len(view) else 0
         middle = view[head : len(view) - tail]
-        if not middle:
-            return self._by_way(fd, offset, [view])
         scratch = self._scratch()
         parts = [scratch[:PAGE]] * bool(head) + [middle] + [scratch[PAGE : 2 * PAGE]] * bool(tail)
         before = PAGE if head else 0
@@ -112,6 +104,29 @@ class ReadOnce(LocalBackend):
             self._mine.scratch = memoryview(mmap.mmap(-1, _SCRATCH + 2 * PAGE))
         scratch: memoryview = self._mine.scratch
         return scratch
+
+
+def _calls(offset: int, into: Sequence[Buffer]) -> Iterator[tuple[int, list[Buffer], bool]]:
+    """What is read with one call each: (offset, buffers, whether in place). Large ones that lie alike by themselves, others
+    together, as much as fits the scratch memory."""
+    some: list[Buffer] = []
+    first = at = offset
+    for view in into:
+        if len(view) >= _LARGE and (_address(view) - at) % PAGE == 0:
+            if some:
+                yield first, some, False
+            yield at, [view], True
+            at += len(view)
+            first, some = at, []
+            continue
+        for k in range(0, len(view), _LARGE):
+            some.append(view[k : k + _LARGE])
+            at += len(some[-1])
+            if at - first > _SCRATCH - _LARGE:
+                yield first, some, False
+                first, some = at, []
+    if some:
+        yield first, some, False
 
 
 def _address(view: Buffer) -> int:
