@@ -275,7 +275,9 @@ class Averages:
             self._progress = {name: Progress(rule.spec) for name, rule in self.rules.items()}
             log.error("ckpt: all averages begin anew: %s", verdict.decode(errors="replace"))
         fds = [] if self._seed is None else [self._seed.fd]
-        member.link.ask("averages", fds=fds, timeout=member.deadline, progress=encode_progress(self._progress))
+        member.link.ask(
+            "averages", fds=fds, timeout=member.deadline, plan=self._plan, progress=encode_progress(self._progress)
+        )
         self._drop()
 
     def _drop(self) -> None:

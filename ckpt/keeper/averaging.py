@@ -158,8 +158,9 @@ def fold_pack(
 
 @dataclass
 class _Rank:
-    """A rank whose steps are folded. `kept`: memory that the base lies in, if no slot."""
+    """A rank whose steps of one plan are folded. `kept`: memory that the base lies in, if no slot."""
 
+    plan: str
     base: Base
     kept: Memory | None
     lock: threading.Lock
@@ -218,7 +219,7 @@ class Averaging:
         memory = Memory(message.fds[0], os.fstat(message.fds[0]).st_size) if message.fds else None
         base = Base(memory.buffer if memory else None, decode_progress(str(message["progress"]), "a trainer"))
         lock = self._locks.setdefault(rank, threading.Lock())
-        self._ranks[rank] = _Rank(base, memory, lock)
+        self._ranks[rank] = _Rank(str(message["plan"]), base, memory, lock)
 
     def _let_go(self, rank: int) -> None:
         known = self._ranks.pop(rank, None)
@@ -252,12 +253,12 @@ class Averaging:
         self._go()
 
     def settled(self, rank: int, action: Callable[[], None]) -> None:
-        """Does something once nothing of a rank (-1: of any) waits to be folded."""
+        """Does something once nothing of a rank (-1: of any) is being folded."""
         self._then.append((rank, action))
         self._settle()
 
     def _settle(self) -> None:
-        under_way = {rank for _, rank in (*self._waiting, *self._running)}
+        under_way = {rank for _, rank in self._running}
         ready = [t for t in self._then if not under_way or (t[0] >= 0 and t[0] not in under_way)]
         self._then = [t for t in self._then if t not in ready]
         for _, action in ready:
@@ -273,9 +274,9 @@ class Averaging:
 
     def _complete(self, step: int) -> None:
         """From now on this is what is folded into."""
-        for (s, rank), (_, folded) in self._made.items():
+        for (s, rank), (part, folded) in self._made.items():
             known = self._ranks.get(rank)
-            if s == step and known is not None:
+            if s == step and known is not None and known.plan == part["plan"]:
                 if known.kept is not None:
                     known.kept.close()
                 known.base, known.kept = folded.base, None
@@ -284,13 +285,26 @@ class Averaging:
     def _go(self) -> None:
         """Begins what can begin."""
         for (step, rank), part in sorted(self._waiting.items(), key=lambda item: item[0]):
-            if step not in self._open:
+            why = self._cannot(step, rank, part)
+            if why:
                 del self._waiting[step, rank]
-                self._tell(frame("missed", rank=rank, step=step, why="the keepers had lost touch"))
+                self._tell(frame("missed", rank=rank, step=step, why=why))
             elif step in self._marks and not any(s < step for s in self._open):
                 del self._waiting[step, rank]
                 self._begin(step, rank, part, "")
         self._settle()
+
+    def _cannot(self, step: int, rank: int, part: Frame) -> str:
+        """Why a part will never be folded, if so."""
+        if step not in self._open:
+            return "the keepers had lost touch"
+        if part["plan"] != self._ranks[rank].plan:
+            return "its averages are cut in another way by now"
+        try:
+            self._memory(rank, self._open[step])
+        except KeyError:
+            return "its memory was taken away"
+        return ""
 
     def _begin(self, step: int, rank: int, part: Frame, refuse: str) -> None:
         known, stop, marks = self._ranks[rank], self._stop, self._marks.get(step, {})
