@@ -94,6 +94,8 @@ def tier_loop(rank: Rank, name: str, folder: str) -> dict[str, Any]:
         return rank.timed(loop)
     finally:
         shutil.rmtree(disk, ignore_errors=True)
+        if name == TIERED:
+            delete_tree(backend_for(f"s3://{BUCKET}"), _key(run_))
 
 
 def _none(_: object) -> None:

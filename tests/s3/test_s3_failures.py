@@ -60,6 +60,13 @@ def test_answers_that_do_not_come_to_a_save(url: str, between: Proxy, fault: str
     assert runs.committed(url) == [1, 2] and runs.check(url) == 2 and runs.check(url, f"{url}@1") == 1
 
 
+def test_the_requests_of_a_save(url: str, between: Proxy) -> None:
+    """Parts, three for a rank's pack, five for the rest: each request is a wait."""
+    runs.save(backend_for(url), 2)
+    parts = sum("partNumber" in request for request in between.seen)
+    assert parts == 2 and len(between.seen) <= parts + 3 + 5
+
+
 @pytest.mark.parametrize("fault", ["lost", "reset", "busy", "torn"])
 def test_answers_that_do_not_come_to_a_load(url: str, between: Proxy, fault: str) -> None:
     what = [r"GET .*list-type=2", r"GET .*commit\.json", r"GET .*manifest", r"HEAD ", r"GET .*rank-"]
