@@ -74,13 +74,18 @@ class Keeper:
         self.loop.after(max(grace, _START), lambda: None)
 
     def _new_seat(self) -> Seat:
-        loop, config = self.loop, self.config
+        loop, config, made = self.loop, self.config, list[Seat]()
+
+        def order(order: Frame, hosts: Collection[str] | None) -> None:
+            if self.seat is made[0]:  # and not one that has the seat no more, but something under way
+                self._order(order, hosts)
 
         def others(generation: int, near: Near, then: Callable[[list[Frame]], None]) -> None:
             fence_others(generation, near, loop.secret, loop.later, then)
 
         held, patience = self.vault.held, config.protect_patience
-        return Seat(self._order, self._work, loop.after, others, held, config.direct, patience)
+        made.append(Seat(order, self._work, loop.after, others, held, config.direct, patience))
+        return made[0]
 
     def run(self) -> None:
         """Until the life cycle is over."""
@@ -420,7 +425,9 @@ class Keeper:
     # Other hosts.
 
     def _call_host(self, peer: Peer, message: Frame) -> None:
-        """An authenticated caller is the keeper of another host."""
+        """An authenticated caller is the keeper of another host; what it had before is over."""
+        for other in [p for p in self.loop.peers if p.role == "host" and p.host == str(message["host"])]:
+            self.loop.hang_up(other)
         peer.role, peer.host = "host", str(message["host"])
         for key, text in self.vault.encoded_plans():
             self.loop.tell(peer, frame("plan", text, key=key))

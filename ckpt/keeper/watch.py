@@ -189,14 +189,19 @@ class Watch:
         host, before = told.holding.host, self._told.get(told.holding.host)
         self._told[host] = told
         self._near |= {str(h): (str(a), int(p)) for h, (a, p) in event["near"].items()}
+        assert self._asked is not None
         if self.guard is None:
             self._ask_others()
             return []
         self.guard.number = max(self.guard.number, told.number)
+        if host not in self._asked.hosts.values():
+            return []
         if before is not None and before.name == told.name:
             self.guard.back(told.name)
             self._lay(self.guard.placement, {host})
-            return []
+            under_way = self.guard.encoding.marks if self.guard.encoding is not None else []
+            failed = [d for mark in list(under_way) for d in self.guard.failed(told.name, mark)]  # it is fenced off
+            return self._do(failed)
         out = self._do(self.guard.lose(before.name)) if before is not None else []
         self._lay_anew()
         return out

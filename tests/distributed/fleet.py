@@ -123,6 +123,8 @@ class Fleet:
         self.env = {"CKPT_GRACE": "60", "CKPT_PROTECT_PATIENCE": "20", **(env or {})}
         self.own = own or {}
         self.secret = ""
+        self.peers: dict[str, Any] = {}
+        self.told: dict[str, Any] = {}
         self.trainers: dict[str, Trainer] = {}
         self.laid: dict[tuple[int, str], tuple[int, int, PackLayout]] = {}  # rank, bytes, pack: by generation and host
         self.proxies: dict[str, Proxy] = {}  # between a host and the others
@@ -155,8 +157,26 @@ class Fleet:
         away = {host: proxy.address for host, proxy in self.proxies.items()}
         where = {t.host: list(away.get(t.host, t.address)) for t in self.trainers.values()}
         lead = hosts[0]
+        self.peers = {"hosts": where, "secret": self.secret, "lead": lead}
         for t in self.trainers.values():
-            t.link.ask("peers", timeout=WAIT, hosts=where, secret=self.secret, lead=lead)
+            t.link.ask("peers", timeout=WAIT, **self.peers)
+
+    def replace(self, host: str) -> None:
+        """The keeper of a host dies under its trainer, which starts another one and hands it its slots."""
+        old = self.trainers[host]
+        os.kill(old.pid, signal.SIGKILL)
+        until(lambda: old.link.lost is not None, "the trainer has noticed")
+        with environment({**self.env, "CKPT_HOST": host}), old.lock:
+            old.link = Link(keeper_name(self.run, "", host), self._heard([old]), lambda _: None)
+            self.pids.add(old.link.keeper_pid)
+            numbers = sorted(old.slots)
+            fds = [old.slots[n].fd for n in numbers]
+            old.link.ask("attach", fds=fds, timeout=WAIT, rank=old.rank, bring=numbers)
+            old.link.ask("listen", timeout=WAIT, address="127.0.0.1", port=old.address[1])
+            old.granted.clear()
+        old.link.ask("peers", timeout=WAIT, **self.peers)
+        old.link.ask("begin", timeout=WAIT, new=[], **self.told)
+        old.link.tell("ready", epoch=0)
 
     def begin(self, generation: int, start: int = 0) -> list[Frame]:
         """A life begins; what the keepers answer to the question whether they can protect it."""
@@ -175,15 +195,16 @@ class Fleet:
             t.heard.clear()
             t.granted.clear()
             t.sealed.clear()
+        self.told = {
+            "generation": generation, "world": len(by_rank), "run": self.run, "memory": [1, None], "storage": None, "codecs": {},
+            "slots": numbers, "start": start, "ranks": {str(t.rank): t.host for t in by_rank}, "extents": extents,
+            "redundancy": encode_redundancy(self.redundancy),
+        }  # fmt: skip
         for t, n in zip(by_rank, extents, strict=True):
             new = [number for number in numbers if number not in t.slots]
             for number in new:
                 t.slots[number] = Slot(n)
-            t.link.ask(
-                "begin", fds=[t.slots[n].fd for n in new], timeout=WAIT, generation=generation, world=len(by_rank),
-                run=self.run, memory=[1, None], storage=None, codecs={}, slots=numbers, new=new, start=start,
-                ranks={str(t.rank): t.host for t in by_rank}, extents=extents, redundancy=encode_redundancy(self.redundancy),
-            )  # fmt: skip
+            t.link.ask("begin", fds=[t.slots[n].fd for n in new], timeout=WAIT, new=new, **self.told)
         answers = [t.link.ask("protected", timeout=WAIT, generation=generation) for t in by_rank]
         for t in by_rank:
             if t.rank == 0:

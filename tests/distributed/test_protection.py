@@ -212,6 +212,18 @@ def test_a_keeper_that_is_stopped_for_a_while(made: Made) -> None:
     fleet.check(fleet.rest())
 
 
+def test_a_keeper_that_is_replaced_under_its_trainer(made: Made) -> None:
+    """It comes back without what it kept for others, and so as another host, around which groups are made anew."""
+    fleet = begun(made(hosts(3), Replicas(2)))
+    now = fleet.announced(1)
+    before = fleet.holding("h1").inventory.host
+    fleet.replace("h1")
+    fleet.announced(now + 4)
+    placement = fleet.check(fleet.rest())
+    after = fleet.holding("h1").inventory.host
+    assert after != before and after in placement.names and before not in placement.names
+
+
 def test_a_slow_link(made: Made) -> None:
     """An encoding may take longer than the seconds without a byte after which it begins anew: bytes come all the time."""
     env = {"CKPT_PROTECT_PATIENCE": "1", "CKPT_PROTECT_GBPS": "0.003"}

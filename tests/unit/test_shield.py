@@ -143,7 +143,12 @@ def test_an_order_that_comes_after_its_end_is_not_obeyed(here: Here) -> None:
 def test_a_pin_holds_everything_until_the_next_life(here: Here) -> None:
     here.begin()
     here.start()
+    here.turn(lambda: here.shield.areas.ready(0, (2, 1)))
+    [parity] = here.layout.placement.groups[0].shares[here.shield.name].parity
+    piece = Piece((2, 1), parity.stripe, 2, 0, parity.nbytes, PIECE, 0)
+    assert here.shield.folding.admit(piece) and here.shield.folding.fold(piece, np.zeros(PIECE, np.uint8))
     holding = here.shield.pin()
+    assert not here.shield.folding.fold(piece, np.zeros(PIECE, np.uint8))
     assert here.shield.pinned and holding.slots == {(2, 5): 1} and holding.layouts == {(2, 5): here.layout}
     assert here.shield.lend(here.errand(), 0, 10) is None
     here.start(9)
