@@ -144,8 +144,9 @@ class Lead:
         self._release()
 
     def adopt(self, key: Key, slot: int) -> None:
-        """A step that is complete in memory, and of which this machine may not know."""
-        known = self.slots.setdefault(slot, _Slot())
+        """A step that is complete in memory, and of which this machine may not know. A slot that it does not know either
+        is none of this life."""
+        known = self.slots.setdefault(slot, _Slot(retired=True))
         if known.state is State.FREE:
             known.state, known.key = State.COMPLETE, key
 

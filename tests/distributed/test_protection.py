@@ -85,15 +85,16 @@ def covered(fleet: Fleet) -> tuple[int, int]:
     every byte of it is checked."""
     held = [fleet.holding(h) for h in fleet.trainers]
     names = {h.inventory.host for h in held}
+    whole = {k: p for h in held for k, p in h.inventory.whole.items()}
     found = []
-    for key, placement in {k: p for h in held for k, p in h.inventory.whole.items()}.items():
+    for key, placement in whole.items():
         mine = [h.inventory for h in held if h.inventory.host in placement.names]
         if all(any(i.areas[n] is not None and i.areas[n].key == key for n in (0, 1)) for i in mine) and borne(
             placement, names
         ):
             found.append(key)
     assert found, [h.inventory for h in held]
-    fleet.check(max(found), [host_of(n) for n in held[0].inventory.whole[max(found)].names & names])
+    fleet.check(max(found), [host_of(n) for n in whole[max(found)].names & names])
     return max(found)
 
 
@@ -122,19 +123,21 @@ def test_a_host_dies_while_a_step_is_encoded(made: Made, point: str) -> None:
     assert now[0] == 2 and len(fleet.check(now).groups[0].hosts) == 3
 
 
-def test_two_of_six_are_lost_and_four_go_on(made: Made) -> None:
-    fleet = begun(made(hosts(6), ErasureCode(4, 2)))
+def test_two_of_six_are_lost_and_a_new_host_leads(made: Made) -> None:
+    """The keeper that leads the next life holds nothing, and learns from the others what must stay as it is."""
+    fleet = made(hosts(7), ErasureCode(4, 2))
+    begun(fleet, names=[f"h{n}" for n in range(6)])
     fleet.announced(2)
     key = fleet.rest()
     fleet.kill("h0")
     fleet.kill("h4")
     fleet.leave()
-    begun(fleet, 2, key[1] + 1, ["h1", "h2", "h3", "h5"])
+    begun(fleet, 2, key[1] + 1, ["h6", "h1", "h2", "h3", "h5"])
     assert covered(fleet) == key
     fleet.seal(True)
     fleet.announced(key[1] + 2)
     placement = fleet.check(fleet.rest())
-    assert [len(g.hosts) for g in placement.groups] == [4] and placement.groups[0].parity == 2
+    assert [(len(g.hosts), g.data, g.parity) for g in placement.groups] == [(5, 3, 2)]
 
 
 def test_nothing_moves_while_a_restart_looks_around(made: Made) -> None:
