@@ -161,6 +161,21 @@ class Job:
                 self.lead(seat, seat.lead.leave(seat.names.index(name), "its host is lost", 0.0))
             self.obey(seat, seat.guard.lose(name))
 
+    def back(self, name: str) -> None:
+        """A host that the seat took for lost is there again, with its memory and its trainer: what was on the way between
+        them is not, and it obeys nothing of before."""
+        seat, ward = self.seat, self.nodes[name].ward
+        seat.told.discard(name)
+        for queue in (seat.orders, seat.reports):
+            queue.pop(name, None)
+        ward.pin()
+        seat.guard.number = max(seat.guard.number, ward.fence[1])
+        seat.guard.back(name)
+        for mark in list(seat.guard.encoding.marks if seat.guard.encoding else []):
+            self.obey(seat, seat.guard.failed(name, mark))
+        if name in seat.names:
+            self.lead(seat, seat.lead.join(seat.names.index(name), 0, 0.0))
+
     # The seat's side.
 
     def order(self, seat: Seat, names: Collection[str], order: Any) -> None:

@@ -226,6 +226,9 @@ class Schedule:
         elif kind < 0.5:
             for node in job.nodes.values():
                 node.reachable = node.reachable or rng.random() < 0.5
+            for name in sorted(job.seat.told & set(job.up())) if job.seat.host in job.up() else ():
+                if job.nodes[name].ward.fence[0] == job.generation and rng.random() < 0.7:
+                    job.back(name)
         elif kind < 0.75 and job.seat.host in job.up():
             for name in job.seat.names:
                 if name not in job.up():
@@ -262,6 +265,25 @@ def schedules(seeds: Collection[int]) -> int:
         announced += len(job.history)
         goes_on(job, job.up(), job.check)
     return announced
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_host_that_is_out_of_reach_for_a_while(shape: str) -> None:
+    """After any transition, noticed: nothing is announced without it, and with it everything goes on in the same life."""
+    for at in range(0, run(shape, 10**6)[1], 4):
+        job, _ = run(shape, at)
+        name = sorted(job.nodes)[at // 4 % len(job.nodes)]
+        if name == job.seat.host or job.nodes[name].ward.fence[0] != job.generation:
+            continue
+        job.nodes[name].reachable = False
+        job.notice(name)
+        settle(job, job.check, lambda: False, trains=False)
+        before = len(job.history)
+        job.nodes[name].reachable = True
+        job.back(name)
+        job.check()
+        settle(job, job.check, lambda job=job, before=before: len(job.history) >= before + 2)
+        assert len(job.history) >= before + 2 and job.generation == 1
 
 
 def test_a_thousand_schedules() -> None:
