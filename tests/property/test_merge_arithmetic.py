@@ -138,6 +138,18 @@ def test_what_is_not_finite_is_told_of_the_checkpoint(kind: str, bad: float, whe
     assert e.value.inputs == (where,)
 
 
+@pytest.mark.parametrize(("weight", "fits"), [(-0.25, True), (-0.49, True), (-0.5, False), (-0.75, False), (-1.0, False)])
+def test_the_last_bfloat16_before_infinity(weight: float, fits: bool) -> None:
+    """A part of a step beyond the largest: float32 holds it, bfloat16 rounds it down to that or up to infinity."""
+    before, last = (np.array([v], dtype=np.uint16).view(np.uint8) for v in (0x7F7E, 0x7F7F))
+    if fits:
+        assert bytes(mixed([before, last], affine([weight]), "bfloat16")[0]) == bytes(last)
+        return
+    with pytest.raises(NotFinite) as e:
+        mixed([before, last], affine([weight]), "bfloat16")
+    assert e.value.inputs == ()
+
+
 def test_a_checkpoint_that_counts_nothing_may_hold_anything() -> None:
     x = [torch.full((5,), v) for v in (math.nan, 1.0, 3.0)]
     got = mixed([raw(v) for v in x], [0.0, 0.5, 0.5], "float32")[0]

@@ -212,6 +212,18 @@ def test_the_journal_of_another_search_is_refused(tmp_path: Path) -> None:
             watched(tmp_path / where, objective, journal=tmp_path / "journal")
 
 
+def test_the_journal_of_another_search_is_not_thrown_away_when_its_steps_are_gone(tmp_path: Path) -> None:
+    saved(tmp_path / "run", 1, 2, 3)
+    watched(tmp_path / "run", journal=tmp_path / "journal")
+    text = (tmp_path / "journal").read_text()
+    delete_step(LocalBackend(str(tmp_path / "run")), "step-00000001.g0000")
+    with pytest.raises(FormatError, match="another search"):
+        watched(tmp_path / "run", lambda s: 0.0, journal=tmp_path / "journal")
+    assert (tmp_path / "journal").read_text() == text
+    (found,) = watched(tmp_path / "run", journal=tmp_path / "journal")  # its own goes on with what is left
+    assert found.steps == (2, 3)
+
+
 OBJECTIVE = """
 import os, signal
 import torch
