@@ -274,23 +274,12 @@ class Keeper:
     def _on_close(self, peer: Peer, message: Frame) -> None:
         peer.closed = True
 
-    def _on_look(self, peer: Peer, message: Frame) -> Frame | None:
-        """What this keeper holds, for people; for a trainer, once it is clear whether what is being folded will be whole."""
-        if peer.rank < 0:
-            return self._look()
-        number = message["id"]
-        self.averaging.settled(-1, lambda: self.loop.tell(peer, frame("answer", id=number, **self._look().head)))
-        return None
-
-    def _look(self) -> Frame:
-        steps = [
-            {"generation": h.generation, "step": h.step, "ranks": h.ranks, "bytes": h.nbytes}
-            for h in self.vault.held.values()
-        ]
+    def _on_look(self, peer: Peer, message: Frame) -> Frame:
+        """What this keeper holds, for people."""
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
-            steps=steps, trainers=trainers, memory=self.vault.nbytes, address=self._address(), **self._service.look(),
+            trainers=trainers, address=self._address(), **self._service.look(),
             lost=self.seat.watch.lost() if self.seat.watch else [],
         )  # fmt: skip
 

@@ -157,8 +157,8 @@ class Service:
         threading.Thread(target=work, name="ckpt-fold", daemon=True).start()
 
     def look(self) -> dict[str, Any]:
-        """What people are told of protection: the group, its data and parity chunks, what was announced last, memory that
-        parity takes."""
+        """What people are told: steps, memory of all slots; the group, its data and parity chunks, what was announced last,
+        memory that parity takes."""
         shield = self._shield
         group: list[str] = []
         code: list[int] = []
@@ -166,4 +166,9 @@ class Service:
             found = placement.groups[placement.group_of(shield.name)]
             group, code = [host_of(h.name) for h in found.hosts], [found.data, found.parity]
         announced = list(shield.announced) if shield.announced is not None else None
-        return {"group": group, "code": code, "announced": announced, "parity": shield.areas.nbytes}
+        steps = [
+            {"generation": h.generation, "step": h.step, "ranks": h.ranks, "bytes": h.nbytes}
+            for h in self._vault.held.values()
+        ]
+        protected = {"group": group, "code": code, "announced": announced, "parity": shield.areas.nbytes}
+        return {"steps": steps, "memory": self._vault.nbytes, **protected}

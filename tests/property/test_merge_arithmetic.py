@@ -138,7 +138,9 @@ def test_what_is_not_finite_is_told_of_the_checkpoint(kind: str, bad: float, whe
     assert e.value.inputs == (where,)
 
 
-@pytest.mark.parametrize(("weight", "fits"), [(-0.25, True), (-0.49, True), (-0.5, False), (-0.75, False), (-1.0, False)])
+@pytest.mark.parametrize(
+    ("weight", "fits"), [(-0.25, True), (-0.49, True), (-0.5, False), (-0.75, False), (-1.0, False)]
+)
 def test_the_last_bfloat16_before_infinity(weight: float, fits: bool) -> None:
     """A part of a step beyond the largest: float32 holds it, bfloat16 rounds it down to that or up to infinity."""
     before, last = (np.array([v], dtype=np.uint16).view(np.uint8) for v in (0x7F7E, 0x7F7F))

@@ -146,9 +146,9 @@ def test_a_pin_holds_everything_until_the_next_life(here: Here) -> None:
     here.turn(lambda: here.shield.areas.ready(0, (2, 1)))
     [parity] = here.layout.placement.groups[0].shares[here.shield.name].parity
     piece = Piece((2, 1), parity.stripe, 2, 0, parity.nbytes, PIECE, 0)
-    assert here.shield.folding.admit(piece) and here.shield.folding.fold(piece, np.zeros(PIECE, np.uint8))
+    assert here.shield.receiver.admit(piece) and here.shield.receiver.fold(piece, np.zeros(PIECE, np.uint8))
     holding = here.shield.pin()
-    assert not here.shield.folding.fold(piece, np.zeros(PIECE, np.uint8))
+    assert not here.shield.receiver.fold(piece, np.zeros(PIECE, np.uint8))
     assert here.shield.pinned and holding.slots == {(2, 5): 1} and holding.layouts == {(2, 5): here.layout}
     assert here.shield.lend(here.errand(), 0, 10) is None
     here.start(9)
@@ -172,11 +172,11 @@ def test_chunks_of_another_length_or_of_no_attempt_are_not_taken(here: Here) -> 
     [parity] = here.layout.placement.groups[0].shares[here.shield.name].parity
     size = parity.nbytes
     piece = Piece((2, 1), parity.stripe, 2, 0, size, min(PIECE, size), 0)
-    assert not here.shield.folding.admit(Piece((2, 1), parity.stripe, 2, 0, size - 1, PIECE, 0))
-    assert not here.shield.folding.admit(Piece((1, 9), parity.stripe, 2, 0, size, PIECE, 0))
-    assert here.shield.folding.admit(piece) and not here.shield.folding.admit(piece), "once"
+    assert not here.shield.receiver.admit(Piece((2, 1), parity.stripe, 2, 0, size - 1, PIECE, 0))
+    assert not here.shield.receiver.admit(Piece((1, 9), parity.stripe, 2, 0, size, PIECE, 0))
+    assert here.shield.receiver.admit(piece) and not here.shield.receiver.admit(piece), "once"
     here.shield.obey(frame("abandon", mark=[2, 1]))
-    assert not here.shield.folding.fold(piece, np.zeros(piece.nbytes, np.uint8))
+    assert not here.shield.receiver.fold(piece, np.zeros(piece.nbytes, np.uint8))
 
 
 def test_packs_are_checked_before_anything_is_reported(here: Here) -> None:
