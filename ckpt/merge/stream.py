@@ -130,21 +130,30 @@ class Blend:
     ) -> list[list[Part]]:
         """One window of all checkpoints, combined into `room`, an array for each row of weights. Threads share the work in
         pieces, which does not show in the bits."""
-        at = 0
-        out = []
+        at = share = 0
+        out, some = [], []
         under_way: list[Future[None]] = []
         for parts in zip(*windows, strict=True):
             base = parts[-1]
             results = [r[at : at + len(base.data)] for r in room]
             for lo in range(0, len(base.data), _SHARE):
-                some, into = ([b[lo : lo + _SHARE] for b in part] for part in ([p.data for p in parts], results))
-                under_way.append(self._hands.submit(self._combine, some, weights, boxes[base.index][0], into))
+                blocks, into = ([b[lo : lo + _SHARE] for b in part] for part in ([p.data for p in parts], results))
+                some.append((blocks, boxes[base.index][0], into))
+                share += len(into[0])
+                if share >= _SHARE:
+                    under_way.append(self._hands.submit(self._combine_all, some, weights))
+                    share, some = 0, []
             out.append([Part(base.index, base.start, r) for r in results])
             at += _aligned(len(base.data))
+        under_way.append(self._hands.submit(self._combine_all, some, weights))
         wait(under_way)
-        for share in under_way:
-            share.result()
+        for done in under_way:
+            done.result()
         return out
+
+    def _combine_all(self, some: Sequence[tuple[Sequence[Bytes], int, Sequence[Bytes]]], weights: Floats) -> None:
+        for blocks, tensor, into in some:
+            self._combine(blocks, weights, tensor, into)
 
     def _combine(self, blocks: Sequence[Bytes], weights: Floats, tensor: int, out: Sequence[Bytes]) -> None:
         spec = self.manifest.tensors[tensor]
