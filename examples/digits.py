@@ -1,6 +1,6 @@
 """Does a searched combination (LCSC) beat EMAs, and how many training steps does it save? A diffusion model of digits.
 
-    pip install scikit-learn        # for the digits that ship with it; nothing else in this repository needs it
+    pip install scikit-learn        # for the digits that ship with it; `make setup` has done so
     python examples/digits.py --seeds 5 --out digits-out
 
 Trains a small flow-matching model on the 8x8 digits, at a constant learning rate, from several seeds, and saves as it does:
