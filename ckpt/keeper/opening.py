@@ -23,7 +23,7 @@ class _Pieces:
     """What another keeper holds of a step, as a `Store`."""
 
     def __init__(self, key: Key, address: Address, secret: bytes) -> None:
-        self._key, self._line = list(key), Line(address, secret, PATIENCE)
+        self._key, self._line = list(key), Line(address, secret, PATIENCE, lends=True)
 
     def ask(self, parity: bool, offset: int, length: int) -> None:
         what = "parity" if parity else "segment"

@@ -23,7 +23,7 @@ from typing import Any
 
 from ckpt.errors import DeadlineError, FormatError, PeerError
 
-__all__ = ["Connection", "Frame", "frame", "greet", "own_peer", "proof", "receive", "receive_into", "send"]
+__all__ = ["Connection", "Frame", "frame", "greet", "heading", "own_peer", "proof", "receive", "receive_into", "send"]
 
 VERSION = 1
 _HEADER = struct.Struct("<2sHIQ")
@@ -55,12 +55,17 @@ def frame(kind: str, payload: bytes = b"", fds: Sequence[int] = (), **head: Any)
     return Frame(kind, head, payload, fds)
 
 
-def _encode(message: Frame) -> bytes:
+def heading(message: Frame, payload: int) -> bytes:
+    """What goes before a payload of so many bytes, wherever these are."""
     content = {**message.head, "kind": message.kind}
     if message.fds:
         content["fds"] = len(message.fds)
     head = json.dumps(content, separators=(",", ":")).encode()
-    return _HEADER.pack(b"ck", VERSION, len(head), len(message.payload)) + head
+    return _HEADER.pack(b"ck", VERSION, len(head), payload) + head
+
+
+def _encode(message: Frame) -> bytes:
+    return heading(message, len(message.payload))
 
 
 @dataclass

@@ -27,8 +27,8 @@ from ckpt.keeper.groups import Group
 
 __all__ = ["Share", "Store", "Stripes"]
 
-_SLICE = 512 << 10  # bytes of one chunk that are decoded at once
-_SCRATCH = 8 << 20  # of a thread, for the slices of all chunks that are on their way
+_SLICE = 1 << 20  # bytes of one chunk that are decoded at once
+_SCRATCH = 8 << 20  # of a thread, for a slice of each chunk that one is decoded from
 _AHEAD = 2  # slices asked for before the one that is decoded
 _WAYS = 64  # of a damaged block, at most
 
@@ -100,7 +100,7 @@ class Stripes:
         self._open: list[Store] = []
         self._counting = threading.Lock()
         self.moved = 0  # bytes that came from other hosts
-        most = _SCRATCH // (max(1, group.data) * (_AHEAD + 1))
+        most = _SCRATCH // max(1, group.data)
         self._slice = max(4096, min(_SLICE, most // 4096 * 4096))
 
     def fail(self, host: str, why: CkptError) -> None:

@@ -67,8 +67,11 @@ class Segment:
     def check(self, start: int, stop: int) -> None:
         """Whether these bytes are what was sent, as far as anything was. Raises IntegrityError."""
         for chunk in self.share.chunks:
-            for a, b in pieces(chunk.start, chunk.stop):
-                if a < stop and b > start and a in self._sums and sum_of(self.read(a, b)) != self._sums[a]:
+            lo, hi = max(start, chunk.start), min(stop, chunk.stop)
+            for a, b in pieces(lo - (lo - chunk.start) % PIECE, chunk.stop) if lo < hi else ():
+                if a >= hi:
+                    break
+                if a in self._sums and sum_of(self.read(a, b)) != self._sums[a]:
                     raise IntegrityError(
                         f"what {self.name} holds of step {self.held.step} is damaged (bytes {a} to {b}, in pieces of "
                         f"{PIECE}); have the memory of that host tested"

@@ -6,23 +6,29 @@
     piece       {key, what, offset, length}: bytes of this host's "segment" of a step, or of the "parity" that it keeps of it
 
 to trainers only: open, as describe, with descriptors of the memory; protected {generation}, answered when it is known whether
-this host can protect the steps of that life; and only to other hosts: range {pack, offset, length}, bytes of a pack; fence,
-for a life that this host is not in; fold, after which the connection brings chunks.
+this host can protect the steps of that life; and only to other hosts: fence, for a life that this host is not in; fold, after
+which the connection brings chunks; lend, after which it asks for pieces, and for ranges {pack, offset, length} of packs, which
+a thread of its own answers.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from ckpt.errors import ConflictError, IntegrityError, NotFoundError
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
 from ckpt.format.codec import crc32c
 from ckpt.keeper.holding import as_checkpoint
 from ckpt.keeper.loop import Loop, Peer
-from ckpt.keeper.protocol import Frame, frame, send
+from ckpt.keeper.protocol import Connection, Frame, frame, heading, receive, send
 from ckpt.keeper.shield import Shield, host_of, key_of
-from ckpt.keeper.streams import receive_pieces
+from ckpt.keeper.streams import receive_pieces, send_all
 from ckpt.keeper.vault import Vault
 from ckpt.keeper.wire import encode_holding
 
@@ -30,6 +36,7 @@ __all__ = ["Service"]
 
 _RANGE = 16 << 20  # bytes that one answer may carry
 _MEETING = 15.0  # seconds in which the keepers of a life should have told its seat what they hold
+Bytes = npt.NDArray[np.uint8]
 Answer = Callable[[Peer, Frame], Frame | None]
 
 
@@ -47,7 +54,7 @@ class Service:
             "inventory": self._inventory, "pin": self._pin, "describe": self._describe, "piece": self._piece,
         }  # fmt: skip
         own: dict[str, Answer] = {"open": self._open, "protected": self._protected}
-        theirs: dict[str, Answer] = {"range": self._range, "fence": self._fence, "fold": self._fold}
+        theirs: dict[str, Answer] = {"fence": self._fence, "fold": self._fold, "lend": self._lend}
         return {"trainer": both | own, "caller": both | theirs}.get(role, {}).get(kind)
 
     def _protected(self, peer: Peer, message: Frame) -> None:
@@ -99,18 +106,6 @@ class Service:
         told, fds = self._describe(peer, message), [held.memory[w].fd for w in here]
         return Frame("answer", {**told.head, "there": True, "here": here}, told.payload, fds)
 
-    def _range(self, peer: Peer, message: Frame) -> Frame:
-        """Bytes of a pack, for a rank of another host."""
-        generation, step, writer = (int(n) for n in message["pack"])
-        held = self._vault.held.get((generation, step))
-        if held is None or writer not in held.memory:
-            raise NotFoundError(f"pack {writer} of step {step} is no longer in the memory of {self._shield.host}")
-        at, n = int(message["offset"]), int(message["length"])
-        pack = held.pack(writer)
-        if not 0 <= at <= at + n <= len(pack) or n > _RANGE:
-            raise ConflictError(f"bytes {at} to {at + n} of a pack of {len(pack)}")
-        return frame("answer", pack[at : at + n].tobytes())
-
     def _describe(self, peer: Peer, message: Frame) -> Frame:
         """The commit, then the manifest, which begins at `cut`. Raises NotFoundError."""
         held = self._vault.held.get(key_of(message["key"]))
@@ -120,9 +115,47 @@ class Service:
         return frame("answer", commit + manifest, folder=held.folder, cut=len(commit), packs=held.packs)
 
     def _piece(self, peer: Peer, message: Frame) -> Frame:
-        """Checked. Raises NotFoundError if it is there no more, IntegrityError if it is not what was protected."""
-        key, what = key_of(message["key"]), str(message["what"])
-        start, stop = int(message["offset"]), int(message["offset"]) + int(message["length"])
+        data = b"".join(part.tobytes() for part in self._parts(message))
+        return frame("answer", data, crc=crc32c(data))
+
+    def _lend(self, peer: Peer, message: Frame) -> None:
+        """From here on a thread of its own answers what is asked for over this connection, straight from memory."""
+        sock = self._loop.release(peer)
+        threading.Thread(target=self._lending, args=(sock, message["id"]), name="ckpt-lend", daemon=True).start()
+
+    def _lending(self, sock: socket.socket, number: int) -> None:
+        line = Connection(sock)
+        with sock, suppress(CkptError, OSError):  # who reads is gone, or has what he wants
+            sock.settimeout(None)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            send(sock, frame("answer", id=number))
+            while True:
+                asked = receive(sock, line)
+                try:
+                    parts = self._parts(asked)
+                except CkptError as e:
+                    send(sock, frame("refused", error=to_wire(e)))
+                    return
+                told = frame("answer", id=asked.head.get("id", 0))
+                send_all(sock, [heading(told, sum(len(p) for p in parts)), *parts])
+
+    def _parts(self, message: Frame) -> list[Bytes]:
+        """What is asked for, where it lies; pieces are checked. From any thread.
+
+        Raises NotFoundError if it is there no more, IntegrityError if it is not what was protected.
+        """
+        try:
+            start, stop = int(message["offset"]), int(message["offset"]) + int(message["length"])
+            if message.kind == "range":
+                generation, step, writer = (int(n) for n in message["pack"])
+            else:
+                key, what = key_of(message["key"]), str(message["what"])
+        except (TypeError, ValueError) as e:
+            raise ConflictError(f"{message.kind!r} makes no sense here ({e})") from None
+        if message.kind == "range":
+            return [self._range(generation, step, writer, start, stop)]
+        if message.kind != "piece":
+            raise ConflictError(f"{message.kind!r} over a connection for pieces")
         shield = self._shield
         segment = shield.segment_of(key) if what == "segment" else None
         area = shield.parity_of(key) if what == "parity" else None
@@ -133,14 +166,23 @@ class Service:
             raise ConflictError(f"bytes {start} to {stop} of {what} of {size} bytes on {shield.host}")
         try:
             if segment is None:
-                data = shield.areas.read(area or 0, start, stop).tobytes()
-            else:
-                segment.check(start, stop)
-                data = b"".join(part.tobytes() for part in segment.read(start, stop))
+                return [shield.areas.read(area or 0, start, stop)]
+            segment.check(start, stop)
+            return segment.read(start, stop)
         except IntegrityError as e:
-            shield.spoil(key, str(e))
+            why = str(e)
+            self._loop.later(lambda: shield.spoil(key, why))
             raise
-        return frame("answer", data, crc=crc32c(data))
+
+    def _range(self, generation: int, step: int, writer: int, start: int, stop: int) -> Bytes:
+        """Bytes of a pack, for a rank of another host, who checks them."""
+        held = self._vault.held.get((generation, step))
+        if held is None or writer not in held.memory:
+            raise NotFoundError(f"pack {writer} of step {step} is no longer in the memory of {self._shield.host}")
+        pack = held.pack(writer)
+        if not 0 <= start <= stop <= len(pack) or stop - start > _RANGE:
+            raise ConflictError(f"bytes {start} to {stop} of a pack of {len(pack)}")
+        return pack[start:stop]
 
     def _fence(self, peer: Peer, message: Frame) -> Frame:
         told = self._shield.fence(int(message["generation"]))

@@ -67,14 +67,22 @@ class LocalPack:
 class Line:
     """A connection to the keeper of another host, for one thread: ranges are asked for ahead and come in that order.
 
-    `patience`: seconds that may pass without a byte. Every method raises PeerError, DeadlineError or what the keeper
+    `patience`: seconds that may pass without a byte; `lends`: a thread of the keeper answers, and nothing but pieces and
+    ranges is asked for. Every method raises PeerError, DeadlineError or what the keeper
     refused with; the line is of no use then.
     """
 
-    def __init__(self, address: tuple[str, int], secret: bytes, patience: float) -> None:
+    def __init__(self, address: tuple[str, int], secret: bytes, patience: float, *, lends: bool = False) -> None:
         self._where = address[0]
         self._sock, self._line = greet(address, secret, patience)
         self.received = 0
+        if lends:
+            try:
+                self.ask("lend")
+                self.answer()
+            except BaseException:
+                self.close()
+                raise
 
     def ask(self, kind: str, **head: Any) -> None:
         send(self._sock, frame(kind, id=0, **head))
@@ -115,7 +123,7 @@ class RemotePack:
 
     def read(self, offset: int, into: Sequence[Buffer]) -> None:
         if not hasattr(self._own, "line"):
-            self._own.line = Line(self._address, self._secret, self._patience)
+            self._own.line = Line(self._address, self._secret, self._patience, lends=True)
             self._open.append(self._own.line)
         line, parts = self._own.line, []
         for buffer in into:
