@@ -199,7 +199,9 @@ class Keeper:
             del self.uplink.addresses[host]
         self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
-        behind = self.life is not None and self.life.generation < int(message["generation"])  # it was out of reach
+        behind = self.life is not None and self.life.generation < int(
+            message.head.get("generation", -1)
+        )  # it was out of reach
         if self.uplink.lead(str(message["lead"])) or behind:
             self.seat = self._new_seat()
         self.uplink.reach()
