@@ -35,7 +35,7 @@ class LoadOptions:
     allow_unexpected names or globs of stored leaves that the state need not have
     cast             convert tensors whose dtype differs (else that is an error)
     allow_pickle     read objects that were stored with pickle
-    exchange         read each byte that is needed once a job, not once a rank; the ranks pass on what others need, too
+    exchange         read each byte that is needed once a job, not once a rank: the ranks pass it on (not of a recipe)
     """
 
     only: Sequence[str] | None = None
