@@ -192,3 +192,30 @@ def test_a_step_deleted_while_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     else:
         assert ckpt.load(found, f"{run}{ref}").step == 2 and found["x"].eq(2).all()
     assert _Deleting.doomed == ""
+
+
+def test_what_a_store_gives_back_is_checked(tmp_path: Path) -> None:
+    """By way of requests: a range that is all of one tensor, ranges of many small ones and of a coded one."""
+    full = {
+        "large": torch.rand(5_000_000),
+        "coded": torch.rand(700_000),
+        **{f"s{k}": torch.rand(999) for k in range(9)},
+    }
+    ckpt.save(full, tmp_path / "run", codec={"coded": "zstd"})
+    (pack,) = (tmp_path / "run").rglob("rank-*")
+    whole, url = pack.read_bytes(), f"local://{tmp_path}/run"
+
+    def load() -> bool:
+        found = {k: torch.zeros_like(v) for k, v in full.items()}
+        ckpt.load(found, url)
+        return all(torch.equal(found[k], v) for k, v in full.items())
+
+    assert load()
+    with ckpt.open(tmp_path / "run") as c:
+        spots = {
+            n: int(c.manifest.offset[int(c.manifest.start[c.manifest.index(n)])]) for n in ("large", "coded", "s4")
+        }
+    for name, at in spots.items():
+        pack.write_bytes(whole[: at + 9] + bytes([whole[at + 9] ^ 1]) + whole[at + 10 :])
+        with pytest.raises(ckpt.IntegrityError, match=f"'{name}'"):
+            load()
