@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckpt
+from ckpt.averaging import Averages
 from ckpt.collective import current_group
 from ckpt.config import Every
 from ckpt.errors import DeadlineError, IntegrityError, PeerError
@@ -105,7 +106,7 @@ class Copying:
     """One rank's snapshots, taken as they are with a keeper; `gates` hold the copy at chosen chunks."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.plans = job, Preparing(0, 1)
+        self.job, self.plans = job, Preparing(0, 1, Averages({}, 0, 1))
         called = self.plans.roll.call(job.state)
         self.plans.agree(called.leaves, "plan", current_group())
         self.prepared: Prepared = self.plans.prepare(job.state, called)
@@ -315,6 +316,9 @@ class Played:
             "there": False,
             "done": False,
             "untold": [],
+            "newest": [-1, -1],
+            "known": {},
+            "generation": -1,
         }
         try:
             while True:
@@ -367,7 +371,7 @@ class Trainer:
         self.state = {"model": self.model, "note": 0}
         self.keeping = Keeping(str(run), current_group(), Schedule(Every(1), None, None), lambda _: None)
         self.keeping.member.meet(current_group())
-        self.keeping.begin(self.state, 1, 0)
+        self.keeping.begin(self.state, 1, 0, lambda: None)
         self.keeper.wait("ready", epoch=0)
 
     def hears(self, *frames: tuple[str, dict[str, Any]]) -> None:
@@ -472,7 +476,7 @@ def test_a_moment_that_was_replaced_is_never_sealed_as_the_old_one(trainer: Trai
     trainer.model.w.grad = torch.ones(4)
     optimizer.step()
     trainer.state["optimizer"] = optimizer  # type: ignore[assignment]
-    trainer.keeping.begin(trainer.state, 2, 0)
+    trainer.keeping.begin(trainer.state, 2, 0, lambda: None)
     trainer.grant(0, 1, 2, 3)
     assert isinstance(trainer.step(0), Taken)
     assert trainer.sealed(0, "optimizer.state.w.momentum_buffer") == 1.0
@@ -552,7 +556,8 @@ class Kept:
 
     def content(self, step: int) -> float:
         """The first element of the one parameter, as the keeper holds it."""
-        backend = self.keeping.member.open_newest((self.cp._account.generation, step))
+        steps = self.keeping.member.recall(current_group(), pin=False).steps
+        backend = self.keeping.member.open(next(s for s in steps if s.key == (self.cp._account.generation, step)))
         [path] = [e.name for e in backend.list("") if e.name.endswith("rank-00000.safetensors")]
         data = bytearray(backend.size(path))
         try:
