@@ -27,7 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import ckpt
 
-HOSTS, LEAST, STEPS, LOSE_AFTER = 6, 4, 40, 14
+HOSTS, LEAST, STEPS, LOSE_AFTER = 6, 4, 28, 9
 PATIENCE = 240.0  # seconds; on two cores that do nothing else the whole part takes a fifth of it
 
 
