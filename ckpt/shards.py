@@ -144,7 +144,8 @@ def _local(name: str, value: torch.Tensor) -> torch.Tensor:
     if value.is_meta:
         raise LayoutError(f"tensor {name!r} is on the meta device and holds no values; initialise or load it first")
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-        raise LayoutError(f"tensor {name!r}: layout {value.layout} cannot be stored; convert it to a dense tensor")
+        what = "quantized" if value.is_quantized else "nested" if value.is_nested else f"layout {value.layout}"
+        raise LayoutError(f"tensor {name!r}: {what} cannot be stored; convert it to a dense tensor")
     if dtype_name(value.dtype) not in DTYPES:
         raise LayoutError(f"tensor {name!r}: dtype {value.dtype} cannot be stored; view it as an integer type")
     local = value.detach()

@@ -136,8 +136,8 @@ def walk(
             yield path, state.value, inner, rewrap
     elif isinstance(state, MutableMapping) and (not path or _holds_parts(state)):
         for key, value in state.items():
-            if not isinstance(key, (str, int)):
-                raise UsageError(f"key {key!r} under {path or 'the state'}: use a string or a whole number")
+            if not isinstance(key, (str, int)) or not _join(path, key):
+                raise UsageError(f"key {key!r} under {path or 'the state'}: use a name or a whole number")
             yield from walk(value, _join(path, key), policy, _into(state, key))
     elif isinstance(state, (list, tuple)) and _holds_parts(state):
         parent, content = (setter, list(state)) if isinstance(state, tuple) else (None, state)

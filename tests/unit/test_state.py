@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,7 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
         "sparse": torch.eye(3).to_sparse(),
         "meta": torch.empty(3, device="meta"),
         "lazy": nn.UninitializedParameter(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     }
     for name, t in bad.items():
         with pytest.raises(ckpt.CkptError, match=name):
@@ -323,6 +325,9 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
         ckpt.save({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, tmp_path / "run")
     with pytest.raises(ckpt.UsageError, match="no module in the state owns"):
         ckpt.save({"o": torch.optim.SGD([torch.ones(3, requires_grad=True)])}, tmp_path / "run")
+    for key in ("", 1.5, ("a", "b")):
+        with pytest.raises(ckpt.UsageError, match=re.escape(f"key {key!r} under the state: use a name")):
+            ckpt.save({key: torch.ones(1), "x": torch.ones(1)}, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
 
 
