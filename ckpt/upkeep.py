@@ -34,7 +34,7 @@ def numbers(metrics: Metrics | None) -> dict[str, float]:
     out = {}
     for name, value in (metrics or {}).items():
         try:
-            number = float(value)
+            number = float(value.detach() if hasattr(value, "detach") else value)  # a loss may still have its graph
         except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's own for a tensor of many elements
             raise UsageError(f"metric {name!r}: {value!r:.200} is not a number") from None
         if number - number == 0:

@@ -351,9 +351,11 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     assert packs[0] == packs[1]
 
 
+@pytest.mark.filterwarnings("error")
 def test_metrics_and_best(tmp_path: Path) -> None:
-    for step, loss in enumerate([3.0, 1.0, 2.0]):
-        ckpt.save({"x": torch.tensor(step)}, tmp_path / "run", step=step, metrics={"loss": torch.tensor(loss)})
+    for step, value in enumerate([3.0, 1.0, 2.0]):
+        loss = torch.tensor(value, requires_grad=True) * 1  # as it comes out of a training step
+        ckpt.save({"x": torch.tensor(step)}, tmp_path / "run", step=step, metrics={"loss": loss})
     for ref, expected in (
         ("", 2),
         ("@latest", 2),
