@@ -19,7 +19,7 @@ from ckpt.background import SaveHandle, begin_save
 from ckpt.catalog import generations_in_use, list_run, parse_ref
 from ckpt.collective import current_group
 from ckpt.commit import open_generation
-from ckpt.config import ErasureCode, Every, Replicas, settings
+from ckpt.config import ErasureCode, Every, Replicas, check_choices, settings
 from ckpt.errors import CkptError, DeadlineError, NotFoundError, PeerError, UsageError
 from ckpt.events import Event, Events
 from ckpt.format.codec import CodecRule, parse_codecs
@@ -176,20 +176,7 @@ class Checkpointer:
         on_event: Callable[[Event], None] | None = None,
         local: Local | str | os.PathLike[str] | None = None,
     ) -> None:
-        if storage is None and memory is None:
-            raise UsageError("storage=ckpt.Every(n), memory=ckpt.Every(n) or both: say when to save")
-        if redundancy is not None and memory is None:
-            raise UsageError(f"redundancy={redundancy} protects what is in memory: give memory=ckpt.Every(n), too")
-        if not isinstance(redundancy, ErasureCode | Replicas | None):
-            raise UsageError(f"redundancy={redundancy!r}: a ckpt.ErasureCode, a ckpt.Replicas or None")
-        if max_stale is not None and not max_stale > 0:
-            raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
-        if local is not None and (memory is not None or storage is None):
-            raise UsageError("local= goes with storage=, and not with memory= yet")
-        if averages and memory is None:
-            raise UsageError(
-                "averages= are folded by the keeper, from snapshots in memory: give memory=ckpt.Every(n), too"
-            )
+        check_choices(storage, memory, redundancy, max_stale, averages=bool(averages), local=local is not None)
         codecs, rules = parse_codecs(codec), check_rules(averages)
         self._backend = _backend(run)
         self._state, self._max_stale = state, max_stale

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckpt.errors import UsageError
 
-__all__ = ["ErasureCode", "Every", "Replicas", "Settings", "settings", "undisturbed"]
+__all__ = ["ErasureCode", "Every", "Replicas", "Settings", "check_choices", "settings", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,33 @@ class Replicas:
             raise UsageError(
                 f"Replicas({self.copies!r}): a whole number of copies, 2 to 255, the host's own among them"
             )
+
+
+def check_choices(
+    storage: Every | None,
+    memory: Every | None,
+    redundancy: ErasureCode | Replicas | None,
+    max_stale: float | None,
+    *,
+    averages: bool,
+    local: bool,
+) -> None:
+    """What a Checkpointer was asked for, as far as one choice needs another; `averages`, `local`: whether there are such.
+
+    Raises UsageError.
+    """
+    if storage is None and memory is None:
+        raise UsageError("storage=ckpt.Every(n), memory=ckpt.Every(n) or both: say when to save")
+    if redundancy is not None and memory is None:
+        raise UsageError(f"redundancy={redundancy} protects what is in memory: give memory=ckpt.Every(n), too")
+    if not isinstance(redundancy, ErasureCode | Replicas | None):
+        raise UsageError(f"redundancy={redundancy!r}: a ckpt.ErasureCode, a ckpt.Replicas or None")
+    if max_stale is not None and not max_stale > 0:
+        raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
+    if local and (memory is not None or storage is None):
+        raise UsageError("local= goes with storage=, and not with memory= yet")
+    if averages and memory is None:
+        raise UsageError("averages= are folded by the keeper, from snapshots in memory: give memory=ckpt.Every(n), too")
 
 
 def _whole(value: object) -> bool:

@@ -183,8 +183,11 @@ def own_address(bind: str) -> str:
 
 
 def _introduce(letters: Sequence[bytes]) -> bytes:
-    """([rank: host], the job's secret, address by host, the last life that any keeper took part in): the secret is the one that most keepers of those with the newest
-    step know, else a new one; a spare, or a host that was away, may know another or none."""
+    """([rank: host], the job's secret, address by host, the last life that any keeper took part in).
+
+    The secret is the one that most keepers of those with the newest step know, else a new one; a spare, or a host that was
+    away, may know another or none.
+    """
     told = [json.loads(text) for text in letters]
     ranks = {str(rank): host for rank, (host, *_) in enumerate(told)}
     newest: dict[str, list[Any]] = {}
