@@ -92,6 +92,7 @@ class Keeping:
         self._prepared: Prepared | None = None
         self._slots = Slots((), ())
         self._began = False
+        self._config = settings()  # of this life
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
         self._storing = Storing()
@@ -181,7 +182,7 @@ class Keeping:
     def begin(self, state: Any, generation: int, start: int, origin: Origin) -> None:
         """Collective: a life begins. Agrees on the plan, reserves the slots. `origin`: of averages that go on. Raises on
         every rank what any of them has against it: LayoutError and the like, CapacityError."""
-        self._generation, self._at, self._began = generation, start - 1, False
+        self._generation, self._at, self._began, self._config = generation, start - 1, False, settings()
         self._grants.clear()
         called: Called | None = None
         leaves: Leaves | Exception
@@ -324,7 +325,7 @@ class Keeping:
                 raise UsageError("tensors of an optimizer were replaced since the last step")
             copies.update((copy_of(name, held), content_digest(held)) for name, held in later)
 
-        config = settings()
+        config = self._config
         snapshot = Snapshot(
             prepared.work.layout, prepared.sources, prepared.lazy, self.member.slots[slot].buffer,
             checked=config.check_copies, and_then=before_changes if later or called.confirm else None,

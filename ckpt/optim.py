@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ckpt.errors import UsageError
+from ckpt.objects import encode_object
 from ckpt.shards import Held, like
 
-__all__ = ["Owner", "for_owner", "group_clashes", "group_hyper", "group_table", "named_state", "new_state", "regroup"]
+__all__ = [
+    "Owner",
+    "for_owner",
+    "group_clashes",
+    "group_hyper",
+    "group_names",
+    "group_table",
+    "named_state",
+    "new_state",
+    "regroup",
+]
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,21 @@ def _owners(key: str, p: torch.Tensor, owners: Owners) -> tuple[Owner, ...]:
         ) from None
 
 
-def group_table(key: str, optimizer: torch.optim.Optimizer, owners: Owners) -> list[dict[str, Any]]:
-    """The groups as plain values: [{"params": [names], "hyper": {...}}]."""
+def group_names(key: str, optimizer: torch.optim.Optimizer, owners: Owners) -> list[str]:
+    """The names of each group's parameters, as JSON."""
     return [
-        {
-            "params": [o.name for p in group["params"] for o in _owners(key, p, owners)],
-            "hyper": {k: _plain(key, k, v) for k, v in group.items() if k not in _NAMES},
-        }
+        encode_object([o.name for p in group["params"] for o in _owners(key, p, owners)], f"{key}.groups")[1]
         for group in optimizer.param_groups
     ]
+
+
+def group_table(key: str, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> str:
+    """The groups as JSON, [{"params": [names], "hyper": {...}}]; `names` are those of `group_names`."""
+    rows = []
+    for i, (group, params) in enumerate(zip(optimizer.param_groups, names, strict=True)):
+        hyper = {k: _plain(key, k, v) for k, v in group.items() if k not in _NAMES}
+        rows.append(f'{{"params":{params},"hyper":{encode_object(hyper, f"{key}.groups.{i}.hyper")[1]}}}')
+    return f"[{','.join(rows)}]"
 
 
 def _plain(key: str, name: str, value: Any) -> Any:

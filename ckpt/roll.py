@@ -7,15 +7,17 @@ collected anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from ckpt.optim import Owners
+from ckpt.optim import group_names
 from ckpt.shards import ByLayout, Held, Shard, is_tensor
 from ckpt.state import Leaves, collect, collect_groups, collect_value, owners_of, walk
 
@@ -44,11 +46,11 @@ class Roll:
 
     def __init__(self) -> None:
         self._leaves: Leaves | None = None
-        self._owners: Owners = {}
+        self._names: dict[str, list[str]] = {}  # of the parameters in the groups of each optimizer
+        self._modules = _Modules((), frozenset())
         self._seen: list[Any] = []
         self._deep: list[Any] = []  # of the optimizers
         self._kept: list[Any] = []  # so that no identity is given to another object
-        self._owned: frozenset[int] = frozenset()
         self._changing: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
         self._steady = False  # the optimizers' state is tensors alone
         self._wary = 0
@@ -61,8 +63,8 @@ class Roll:
         """
         parts = [(name, value, policy) for name, value, policy, _ in walk(state)]
         optimizers = [value for _, value, _ in parts if isinstance(value, torch.optim.Optimizer)]
-        known, seen = self._leaves, _seen(parts, self._owned)
-        if known is not None and seen == self._seen and None not in seen:
+        known, seen = self._leaves, _seen(parts)
+        if known is not None and seen == self._seen and None not in seen and self._modules.same():
             waits = later and self._steady and not self._wary
             if waits or self._still(optimizers):
                 again = self._again(known, parts)
@@ -75,10 +77,12 @@ class Roll:
     def _whole(self, state: Any, parts: list[tuple[str, Any, str]], optimizers: list[Any]) -> Called:
         """Walks over everything."""
         known = self._leaves
-        self._leaves, self._owners = collect(state), owners_of(state)
-        self._owned = frozenset(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+        self._leaves, owners = collect(state), owners_of(state)
+        owned = frozenset(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
         self._kept = []
-        self._seen, self._deep = _seen(parts, self._owned, self._kept), _deep(optimizers, self._kept)
+        self._seen, self._deep = _seen(parts, self._kept), _deep(optimizers, self._kept)
+        self._modules = _Modules([value for _, value, _ in parts if isinstance(value, nn.Module)], owned)
+        self._names = {n: group_names(n, v, owners) for n, v, _ in parts if isinstance(v, torch.optim.Optimizer)}
         states = [value for o in optimizers for state_of in o.state.values() for value in state_of.values()]
         self._steady = bool(states) and None not in self._deep and all(isinstance(v, torch.Tensor) for v in states)
         self._changing = _names(self._anew(parts))
@@ -103,7 +107,7 @@ class Roll:
         new = Leaves()
         for name, value, policy in parts:
             if isinstance(value, torch.optim.Optimizer):
-                collect_groups(new, name, value, self._owners)
+                collect_groups(new, name, value, self._names[name])
             elif not isinstance(value, nn.Module) and not is_tensor(value):
                 collect_value(new, name, value, policy)
         return new
@@ -136,14 +140,15 @@ def _kind(held: Held) -> tuple[object, ...]:
     return held.dtype, held.shape, held.kind, held.scope, held.replica, [b for b, _ in held.pieces]
 
 
-def _seen(parts: list[tuple[str, Any, str]], owned: frozenset[int], kept: list[Any] | None = None) -> list[Any]:
-    """What identifies the tensors of a state and where they are; None in it if that cannot be told. Of the tensors
-    that an optimizer owns, only which they are: `_deep` has the rest. What it names goes into `kept`."""
+def _seen(parts: list[tuple[str, Any, str]], kept: list[Any] | None = None) -> list[Any]:
+    """What identifies the parts of a state, tensors also by where they are; None in it if that cannot be told. What modules
+    hold is looked at by `_Modules`; of the tensors that an optimizer owns this has only which they are, `_deep` the rest.
+    What it names goes into `kept`."""
     seen: list[Any] = []
     for name, value, _ in parts:
         seen.append(name)
         if isinstance(value, nn.Module):
-            _see_module(value, seen, owned, kept)
+            seen.append(id(value))
         elif isinstance(value, torch.optim.Optimizer):
             seen.append(id(value))
             for group in value.param_groups:
@@ -158,28 +163,55 @@ def _seen(parts: list[tuple[str, Any, str]], owned: frozenset[int], kept: list[A
     return seen
 
 
-def _see_module(root: nn.Module, seen: list[Any], owned: frozenset[int], kept: list[Any] | None) -> None:
-    stack = [root]
-    while stack:
-        module = stack.pop()
-        if "_handle" in module.__dict__ or type(module).get_extra_state is not nn.Module.get_extra_state:
-            seen.append(None)  # FSDP1 moves its flat parameter about; extra state may be anything
-        for key, p in module._parameters.items():
-            seen.append(key)
-            if id(p) in owned:
-                seen.append(id(p))
-            else:
-                _mark(p, seen, kept)
-        for key, buffer in module._buffers.items():
-            seen.append(key)
-            _mark(buffer, seen, kept)
-        if module._non_persistent_buffers_set:
-            seen.append(frozenset(module._non_persistent_buffers_set))
-        for key, child in module._modules.items():
-            seen.append(key)
-            if child is not None:
-                stack.append(child)
-        seen.append("")
+_tables = attrgetter("_parameters", "_buffers", "_modules")
+
+
+class _Modules:
+    """All modules below `roots`, and what was in them. Of parameters that are `owned` only which they are; of other tensors
+    also where.
+
+    Looking again makes a few passes over all of it that run in C: this is the greater part of what a step pays.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], owned: frozenset[int]) -> None:
+        self._all = list(dict.fromkeys(m for root in roots for m in root.modules()))  # kept, with all that is in them,
+        self._held = [part for table in self._look() for part in table.values()]  # so that no identity is given again
+        self._keys, self._ids = self._of(self._look())
+        tensors = [t for m in self._all for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        self._loose = [t for t in tensors if id(t) not in owned]
+        self._marks = _marks(self._loose)
+        self._buffered = [m for m in self._all if m._buffers]
+        self._passing = [m._non_persistent_buffers_set.copy() for m in self._buffered]
+        # FSDP1 moves its flat parameter about; extra state may be anything.
+        self._known = not any(
+            "_handle" in m.__dict__ or type(m).get_extra_state is not nn.Module.get_extra_state for m in self._all
+        )
+
+    def _look(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(map(_tables, self._all)))
+
+    def _of(self, tables: list[dict[str, Any]]) -> tuple[list[Any], list[int]]:
+        full = [table for table in tables if table]
+        parts = chain.from_iterable([table.values() for table in full])
+        return [*map(len, tables), *chain.from_iterable(full)], [*map(id, parts)]
+
+    def same(self) -> bool:
+        """Whether all is as it was."""
+        if not self._known or (self._keys, self._ids) != self._of(self._look()):
+            return False
+        marks = _marks(self._loose)
+        return (
+            marks == self._marks
+            and None not in marks
+            and [m._non_persistent_buffers_set for m in self._buffered] == self._passing
+        )
+
+
+def _marks(tensors: list[torch.Tensor]) -> list[Any]:
+    seen: list[Any] = []
+    for t in tensors:
+        _mark(t, seen, None)
+    return seen
 
 
 def _deep(optimizers: list[Any], kept: list[Any] | None = None) -> list[Any]:

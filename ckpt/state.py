@@ -10,7 +10,7 @@ it in the same way: the names are the same on both sides, whatever the paralleli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from ckpt.errors import UsageError
 from ckpt.objects import PerCoordinate, PerRank, Replicated, encode_object
-from ckpt.optim import Owner, Owners, group_table, named_state
+from ckpt.optim import Owner, group_names, group_table, named_state
 from ckpt.scopes import AUTO, RANK, REPLICATED, ObjectLeaf
 from ckpt.shards import Held, Shard, hold, is_tensor, parts
 
@@ -68,7 +68,9 @@ class Leaves:
             self.tensors[inner_name] = TensorLeaf(inner_name, held)
 
     def add_object(self, name: str, value: Any, policy: str, tensor: Callable[[str, Any], bool] | None = None) -> None:
-        encoding, text = encode_object(value, name, tensor)
+        self.add_encoded(name, policy, *encode_object(value, name, tensor))
+
+    def add_encoded(self, name: str, policy: str, encoding: str, text: str) -> None:
         self._free(name)
         self.objects[name] = ObjectLeaf(name, policy, encoding, text)
 
@@ -92,15 +94,15 @@ def collect(state: Any) -> Leaves:
                     leaves.add_tensor(leaf, part)
                 else:
                     leaves.add_object(leaf, part, AUTO)
-            collect_groups(leaves, name, value, owners)
+            collect_groups(leaves, name, value, group_names(name, value, owners))
         else:
             collect_value(leaves, name, value, policy)
     return leaves
 
 
-def collect_groups(leaves: Leaves, name: str, optimizer: torch.optim.Optimizer, owners: Owners) -> None:
-    """The hyper-parameters of an optimizer."""
-    leaves.add_object(f"{name}.groups", group_table(name, optimizer, owners), AUTO)
+def collect_groups(leaves: Leaves, name: str, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+    """The hyper-parameters of an optimizer; `names`: of its parameters, as `group_names` tells them."""
+    leaves.add_encoded(f"{name}.groups", AUTO, "json", group_table(name, optimizer, names))
 
 
 def collect_value(leaves: Leaves, name: str, value: Any, policy: str) -> None:

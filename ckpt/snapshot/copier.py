@@ -55,15 +55,14 @@ class Snapshot:
         self._table = np.zeros(layout.n_blocks, dtype="<u4")
         self._sources, self._and_then = sources, and_then
         self._given_up = False
-        order = layout.order.tolist()
-        self._later = [k for k, index in enumerate(order) if lazy[index]]
+        waits = np.array(lazy, dtype=bool)[layout.order]
+        self._later: list[int] = np.flatnonzero(waits).tolist()
         self._samples: list[tuple[int, int]] = []
         if checked:
-            sampled = [(k, sources[order[k]]) for k in self._later]
+            sampled = [(k, sources[layout.order[k]]) for k in self._later]
             self._samples = [(k, _last_block(source)) for k, source in sampled if source.nbytes]
-        for k, index in enumerate(order):
-            if not lazy[index]:
-                self._copy(self._place(k))
+        for k in np.flatnonzero(~waits).tolist():
+            self._copy(self._place(k))
         if not self._later and and_then is None:
             self.copied.set()
 
