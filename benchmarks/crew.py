@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing as mp
 import os
 import re
@@ -15,11 +16,17 @@ from typing import Any
 
 from benchmarks.harness import World, empty, settle
 
-__all__ = ["Crew", "Footprint", "family", "footprint", "may_have_children"]
+__all__ = ["Crew", "Footprint", "bounds", "family", "footprint", "may_have_children"]
 
 PATIENCE = 10.0
 ROOM = 3.5  # times the state: three copies of it, which some contestants take, and something for the page cache
 MIB = 1 << 20
+
+
+def bounds(parser: argparse.ArgumentParser) -> None:
+    """The options that keep a table short, also where a contestant is slow or hangs."""
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds that one turn of a contestant may take")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further round after so long")
 
 
 def may_have_children() -> None:

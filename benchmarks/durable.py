@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks import background, contestants
 from benchmarks.contestants import CKPT, chosen
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, bounds
 from benchmarks.harness import Rank, Rounds, Sample, settle
 from benchmarks.limits import release, write_limits
 from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, workspace
@@ -53,7 +53,7 @@ def _settled(rank: Rank) -> None:
         settle()
 
 
-def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path) -> Rounds:
+def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, seconds: float) -> Rounds:
     limits = list(write_limits(crew.ranks))
 
     def turn(number: int, name: str) -> Sample:
@@ -62,7 +62,7 @@ def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path) -> Rounds
         return Sample(seconds, sum(p["cpu"] for p in parts), 0)
 
     out = Rounds(crew.nbytes, limits, failures=background.unavailable(names))
-    return out.run([*limits, *names], rounds, turn)
+    return out.run([*limits, *names], rounds, turn, seconds)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {"bench": "durable", "machine": machine(root), "tables": []}
         for gib in args.gib:
             for ranks in args.ranks:
-                with Crew(ranks, gib) as crew, workspace(root) as path:
-                    rounds = measure(crew, names, args.rounds, path)
+                with Crew(ranks, gib, args.patience) as crew, workspace(root) as path:
+                    rounds = measure(crew, names, args.rounds, path, args.seconds)
                 result["tables"].append({"gib": gib, "ranks": ranks, **rounds.to_json()})
     return result
 
@@ -102,6 +102,7 @@ def _table(part: dict[str, Any]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
+    bounds(parser)
     parser.set_defaults(ranks=[2, 4])
     args = parser.parse_args(argv)
     result = run(args)

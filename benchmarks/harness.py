@@ -131,10 +131,11 @@ def _worker(rank: int, world: int, port: int, gib: float, pipe: Connection) -> N
 
 
 class World:
-    """`ranks` worker processes in one gloo group, each with its part of a state of `gib`."""
+    """`ranks` worker processes in one gloo group, each with its part of a state of `gib`; `patience`: seconds that one call
+    may take."""
 
-    def __init__(self, ranks: int, gib: float) -> None:
-        self.ranks, self.gib = ranks, gib
+    def __init__(self, ranks: int, gib: float, patience: float = DEADLINE) -> None:
+        self.ranks, self.gib, self.patience = ranks, gib, patience
         self.local_bytes: list[int] = []
         self._start()
 
@@ -157,14 +158,14 @@ class World:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self.local_bytes = self._collect("start")
+        self.local_bytes = self._collect("start", DEADLINE)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Runs `function(Rank, *arguments)` on every rank; the results by rank. Raises Failed, and starts again."""
         try:
             for pipe in self._pipes:
                 pipe.send((function, arguments))
-            return self._collect(function.__name__)
+            return self._collect(function.__name__, self.patience)
         except (Failed, OSError) as error:
             self.close(patience=0)
             self._start()
@@ -184,14 +185,14 @@ class World:
             extra=extra,
         )
 
-    def _collect(self, what: str) -> list[Any]:
-        until = time.monotonic() + DEADLINE
+    def _collect(self, what: str, patience: float) -> list[Any]:
+        until = time.monotonic() + patience
         results: dict[int, Any] = {}
         while len(results) < self.ranks:
             waiting = [p for r, p in enumerate(self._pipes) if r not in results]
             ready = mp.connection.wait(waiting, timeout=max(0.0, until - time.monotonic()))
             if not ready:
-                raise Failed(f"{what} did not return within {DEADLINE:.0f} s")
+                raise Failed(f"{what} did not return within {patience:.0f} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from benchmarks import background
 from benchmarks.background import BOTH, LIMIT, MEMORY, NOTHING, OURS, Pending, Saver
 from benchmarks.contestants import chosen
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, bounds
 from benchmarks.harness import Rank, Rounds, Sample
 from benchmarks.report import Table, finish, machine, options, spread, verdict, workspace
 
@@ -132,7 +132,7 @@ def save(saver: Saver | None, last: Pending, step: int) -> tuple[Pending, float,
 # --- in the parent --------------------------------------------------------------------------------------------------
 
 
-def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, plan: Plan) -> Rounds:
+def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, plan: Plan, seconds: float) -> Rounds:
     def turn(number: int, name: str) -> Sample:
         parts = crew.turn(train, name, path, number, plan)
         seconds = max(part["end"] for part in parts) - min(part["start"] for part in parts)
@@ -144,7 +144,7 @@ def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, plan: Pla
         return Sample(seconds, 0.0, 0, extra)
 
     out = Rounds(crew.nbytes, [], failures=background.unavailable(names))
-    return out.run([NOTHING, LIMIT, *names], rounds, turn)
+    return out.run([NOTHING, LIMIT, *names], rounds, turn, seconds)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -153,10 +153,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {"bench": "loop", "machine": machine(root), "tables": []}
         for gib in args.gib:
             for ranks in args.ranks:
-                with Crew(ranks, gib) as crew, workspace(root) as path:
+                with Crew(ranks, gib, args.patience) as crew, workspace(root) as path:
                     products = max(min(crew.call(calibrate, args.step_seconds)) for _ in range(TRIES))
                     plan = Plan(max(1, round(products)), args.steps)
-                    rounds = measure(crew, names, args.rounds, path, plan)
+                    rounds = measure(crew, names, args.rounds, path, plan, args.seconds)
                 about = {"gib": gib, "ranks": ranks, "steps": plan.steps, "products": plan.products}
                 result["tables"].append({**about, **rounds.to_json()})
     return result
@@ -215,6 +215,7 @@ def _own_counts(samples: dict[str, list[Sample | None]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
+    bounds(parser)
     parser.set_defaults(ranks=[2])
     parser.add_argument("--step-seconds", type=float, default=1.0, help="how long a rank computes in a step")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a turn; three more warm up")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import ckpt
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, bounds
 from benchmarks.harness import Rank, Rounds, Sample
 from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, workspace
 
@@ -108,13 +108,13 @@ def _files(rank: Rank, folder: str) -> dict[str, Any]:
     return timing
 
 
-def measure(crew: Crew, rounds: int, path: Path) -> Rounds:
+def measure(crew: Crew, rounds: int, path: Path, seconds: float) -> Rounds:
     def turn(number: int, name: str) -> Sample:
         parts = crew.turn(restart, name, path, number)
         seconds = max(p["end"] for p in parts) - min(p["start"] for p in parts)
         return Sample(seconds, sum(p["cpu"] for p in parts), 0)
 
-    return Rounds(crew.nbytes, [LIMIT]).run([LIMIT, LOAD, WHOLE, FILES], rounds, turn)
+    return Rounds(crew.nbytes, [LIMIT]).run([LIMIT, LOAD, WHOLE, FILES], rounds, turn, seconds)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {"bench": "restart", "machine": machine(root), "tables": []}
         for gib in args.gib:
             for ranks in args.ranks:
-                with Crew(ranks, gib) as crew, workspace(root) as path:
-                    rounds = measure(crew, args.rounds, path)
+                with Crew(ranks, gib, args.patience) as crew, workspace(root) as path:
+                    rounds = measure(crew, args.rounds, path, args.seconds)
                 result["tables"].append({"gib": gib, "ranks": ranks, **rounds.to_json()})
     return result
 
@@ -151,6 +151,7 @@ def _table(part: dict[str, Any]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
+    bounds(parser)
     parser.set_defaults(ranks=[2])
     args = parser.parse_args(argv)
     result = run(args)

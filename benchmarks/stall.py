@@ -24,7 +24,7 @@ import torch.distributed as dist
 from benchmarks import background
 from benchmarks.background import BOTH, DEVICE, MEMORY, NOTHING, OURS, Pending, Saver
 from benchmarks.contestants import chosen
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, bounds
 from benchmarks.harness import Rank, Rounds, Sample
 from benchmarks.report import Table, finish, machine, options, verdict, workspace
 
@@ -130,12 +130,12 @@ def summed(parts: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     }
 
 
-def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, plan: Plan) -> Rounds:
+def measure(crew: Crew, names: Sequence[str], rounds: int, path: Path, plan: Plan, seconds: float) -> Rounds:
     def turn(number: int, name: str) -> Sample:
         return Sample(plan.seconds, 0.0, 0, summed(crew.turn(train, name, path, number, plan), plan))
 
     out = Rounds(crew.nbytes, [], failures=background.unavailable(names))
-    return out.run([NOTHING, *names], rounds, turn)
+    return out.run([NOTHING, *names], rounds, turn, seconds)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {"bench": "stall", "machine": machine(root), "tables": []}
         for gib in args.gib:
             for ranks in args.ranks:
-                with Crew(ranks, gib) as crew, workspace(root) as path:
-                    rounds = measure(crew, names, args.rounds, path, plan)
+                with Crew(ranks, gib, args.patience) as crew, workspace(root) as path:
+                    rounds = measure(crew, names, args.rounds, path, plan, args.seconds)
                 about = {"gib": gib, "ranks": ranks, "seconds": plan.seconds, "every": plan.every}
                 result["tables"].append({**about, **rounds.to_json()})
     return result
@@ -256,6 +256,7 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
+    bounds(parser)
     parser.set_defaults(ranks=[2, 4])
     parser.add_argument("--step-seconds", type=float, default=1.0, help="how long the device computes")
     parser.add_argument("--every", type=int, default=4, help="steps from one save to the next")
