@@ -12,6 +12,7 @@ fetches with `exchange=True`. And what a local tier costs a loop while its steps
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -47,6 +48,7 @@ ASKED_OVER_DCP, ASKED_OVER_DCP_LATE = 1.3, 2.0
 ASKED_REQUESTS, ASKED_FETCHED, ASKED_STALL = 1.0, 1.02, 1.05
 LATE = 0.02  # seconds
 LATE_GIB = 0.25  # of what goes through the proxy
+TABLES = ("save", "load", "requests", "late-save", "late-load", "fetched", "tiers")
 STEPS, STEP = 6, 0.5  # of a loop with a local tier: how many, and seconds of one
 
 
@@ -160,32 +162,36 @@ def _with_bucket() -> Iterator[None]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in (CKPT, DCP) if not args.only or n in args.only]
     result: dict[str, Any] = {"bench": "object_storage", "machine": machine(Path("/tmp")), "tables": []}
+    small = min(LATE_GIB, *args.gib)
+
+    def measured(world: World, verb: str, **more: Any) -> None:
+        rounds = measure(world, verb, names, args.rounds, args.seconds)
+        result["tables"].append({"verb": verb, "gib": world.gib, "ranks": world.ranks, **more, **rounds.to_json()})
+
     with served(args.dir):
-        for gib in args.gib:
-            for ranks in args.ranks:
-                with World(ranks, gib) as world:
-                    for verb in ("save", "load"):
-                        rounds = measure(world, verb, names, args.rounds, args.seconds)
-                        result["tables"].append({"verb": verb, "gib": gib, "ranks": ranks, **rounds.to_json()})
-        small = min(LATE_GIB, *args.gib)
+        for gib, ranks in itertools.product(args.gib, args.ranks) if args.tables & {"save", "load"} else ():
+            with World(ranks, gib) as world:
+                for verb in sorted(args.tables & {"save", "load"}, reverse=True):
+                    measured(world, verb)
         with late() as between:
-            for ranks in args.ranks:
+            for ranks in args.ranks if args.tables & {"requests", "late-save", "late-load"} else ():
                 with World(ranks, small) as world:
-                    result["tables"].append(counts(world, between))
+                    if "requests" in args.tables:
+                        result["tables"].append(counts(world, between))
                     between.delay = LATE
-                    for verb in ("save", "load"):
-                        rounds = measure(world, verb, names, args.rounds, args.seconds)
-                        part = {"verb": verb, "gib": small, "ranks": ranks, "late": LATE, **rounds.to_json()}
-                        result["tables"].append(part)
+                    for verb in sorted(args.tables & {"late-save", "late-load"}, reverse=True):
+                        measured(world, verb.removeprefix("late-"), late=LATE)
                     between.delay = 0.0
-            result["tables"].append(fetched(small, between))
-        tell("a local tier")
-        with World(1, small) as world, workspace(args.dir) as folder:
-            rounds = Rounds(world.nbytes, [LOCAL])
-            rounds.run(
-                [LOCAL, TIERED], args.rounds, lambda _, name: world.timed(tier_loop, name, str(folder)), args.seconds
-            )
-            result["tables"].append({"verb": "tiers", "gib": small, "ranks": 1, **rounds.to_json()})
+            if "fetched" in args.tables:
+                result["tables"].append(fetched(small, between))
+        if "tiers" in args.tables:
+            tell("a local tier")
+            with World(1, small) as world, workspace(args.dir) as folder:
+                rounds = Rounds(world.nbytes, [LOCAL])
+                rounds.run(
+                    [LOCAL, TIERED], args.rounds, lambda _, name: world.timed(tier_loop, name, str(folder)), args.seconds
+                )
+                result["tables"].append({"verb": "tiers", "gib": small, "ranks": 1, **rounds.to_json()})
     return result
 
 
@@ -339,9 +345,17 @@ def _over_dcp(rounds: Rounds, name: str, asked: float) -> str:
     return f"{times:.2f}{verdict(times >= asked)}"
 
 
+def _tables(text: str) -> set[str]:
+    chosen = set(text.split(","))
+    if chosen - set(TABLES):
+        raise argparse.ArgumentTypeError(f"tables are {', '.join(TABLES)}")
+    return chosen
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
     parser.set_defaults(gib=[1.0], ranks=[1, 4])
+    parser.add_argument("--tables", type=_tables, default=set(TABLES), help=f"of {','.join(TABLES)}; all by default")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin no further round of a table after so long")
     args = parser.parse_args(argv)
     result = run(args)
