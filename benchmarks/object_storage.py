@@ -189,7 +189,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with World(1, small) as world, workspace(args.dir) as folder:
                 rounds = Rounds(world.nbytes, [LOCAL])
                 rounds.run(
-                    [LOCAL, TIERED], args.rounds, lambda _, name: world.timed(tier_loop, name, str(folder)), args.seconds
+                    [LOCAL, TIERED],
+                    args.rounds,
+                    lambda _, name: world.timed(tier_loop, name, str(folder)),
+                    args.seconds,
                 )
                 result["tables"].append({"verb": "tiers", "gib": small, "ranks": 1, **rounds.to_json()})
     return result

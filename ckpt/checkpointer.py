@@ -186,18 +186,19 @@ class Checkpointer:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self.last_load: LoadReport | None = None
+        tier = Local(local) if isinstance(local, str | os.PathLike) else local
+        self._tiers = Tiers(self._backend, _backend(run), tier, keep, self._group) if tier is not None else None
         self._kept: Kept | None = None
         if memory is not None:
             try:
-                schedule = Schedule(memory, storage, codec, redundancy, rules)
-                self._kept = Kept(self._backend, self._group, schedule, self._account)
+                near, told = (tier.every, self._tiers.told()) if tier and self._tiers else (None, None)
+                schedule = Schedule(memory, storage, codec, redundancy, rules, near, told)
+                self._kept = Kept(self._backend, self._group, schedule, self._account, self._tiers)
             except PeerError as e:
                 log.warning("ckpt: no snapshots in memory, saves go to storage from threads: %s", e)
                 if rules:
                     log.error("ckpt: no averages: there is no keeper to fold them")
         self._swapped = ""
-        tier = Local(local) if isinstance(local, str | os.PathLike) else local
-        self._tiers = Tiers(self._backend, _backend(run), tier, self._group) if tier is not None else None
         self._saves = self._kept or Threaded(self._backend, self._group, storage, codecs, self._account, self._tiers)
 
     @property
@@ -230,7 +231,7 @@ class Checkpointer:
         if ref is None:
             run: Backend = self._backend
             if self._tiers is not None:
-                self._tiers.settle()
+                self._tiers.settle(lambda: self._saves.brought(settings().deadline))
                 run = self._tiers.nearest
             found, self.last_load = restore_newest(self._state, run, options, self._group, self._kept)
         else:

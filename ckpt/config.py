@@ -94,8 +94,8 @@ def check_choices(
         raise UsageError(f"redundancy={redundancy!r}: a ckpt.ErasureCode, a ckpt.Replicas or None")
     if max_stale is not None and not max_stale > 0:
         raise UsageError(f"max_stale={max_stale!r}: a positive number of seconds")
-    if local and (memory is not None or storage is None):
-        raise UsageError("local= goes with storage=, and not with memory= yet")
+    if local and storage is None:
+        raise UsageError("local= is a tier before the storage: give storage=ckpt.Every(n), too")
     if averages and memory is None:
         raise UsageError("averages= are folded by the keeper, from snapshots in memory: give memory=ckpt.Every(n), too")
 

@@ -47,18 +47,21 @@ _MEETING = 20.0  # seconds in which the keepers of a job should have reached one
 @dataclass(frozen=True)
 class Schedule:
     """When steps go to memory, when to storage, and how they are coded there; what protects memory, and what is averaged
-    in it."""
+    in it; when steps go to the local tier, where that has a schedule of its own, and what a keeper is told of that tier."""
 
     memory: Every
     storage: Every | None
     codec: CodecRule | None
     redundancy: ErasureCode | Replicas | None = None
     averages: Mapping[str, Rule] = field(default_factory=dict)
+    local: Every | None = None
+    tier: Mapping[str, Any] | None = None
 
     def due(self, step: int) -> bool:
         """Whether a step that is not granted counts as skipped."""
         return any(
-            e is not None and e.steps is not None and (step + 1) % e.steps == 0 for e in (self.memory, self.storage)
+            e is not None and e.steps is not None and (step + 1) % e.steps == 0
+            for e in (self.memory, self.storage, self.local)
         )
 
 
@@ -166,6 +169,8 @@ class Keeping:
         elif message.kind == "lagging":
             if self._group.rank == 0:
                 log.warning("ckpt: step %d is not protected yet: %s", message["step"], message["why"])
+        elif message.kind in ("arrived", "detained"):
+            self._told(Outcome.brought(message.kind, message.head))
         elif message.kind == "stored":
             out = Outcome.stored(message.head)
             self._storing.end(out)
@@ -262,12 +267,12 @@ class Keeping:
 
     def _begin_here(self, slots: Slots, new: Sequence[int], start: int) -> None:
         s = self._schedule
-        memory, storage = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage))
+        memory, storage, near = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage, s.local))
         codecs = {pattern: _codec_config(c) for pattern, c in (s.codec or {}).items()}
         self.member.link.ask(
             "begin", fds=[self.member.slots[n].fd for n in new], timeout=self.member.deadline, generation=self._generation,
             world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, new=list(new),
-            start=start, ranks=self.member.ranks, **slots.told(),
+            start=start, ranks=self.member.ranks, local=s.tier, near=near, **slots.told(),
         )  # fmt: skip
 
     def _join(self) -> None:
@@ -401,6 +406,10 @@ class Keeping:
     def quiet(self, timeout: float | None) -> bool:
         """Waits until nothing is being written to storage."""
         return self._storing.quiet(timeout)
+
+    def brought(self, timeout: float | None) -> bool:
+        """Waits until nothing is left to bring from the local tier to the run, or trying failed."""
+        return self._schedule.tier is None or not self._began or self.member.brought(timeout)
 
     def flush(self) -> None:
         """Has the newest complete step written to storage; from a signal handler too."""

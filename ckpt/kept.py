@@ -28,6 +28,7 @@ from ckpt.loading import LoadReport
 from ckpt.merge.average import AVERAGES
 from ckpt.outcomes import Outcome
 from ckpt.saving import Planner, Request, SaveReport, save_state
+from ckpt.tiers import Tiers
 from ckpt.upkeep import Account
 
 __all__ = ["Kept"]
@@ -51,8 +52,11 @@ class Kept:
     Raises on every rank: PeerError if any has no keeper, ConflictError if somebody else trains this run.
     """
 
-    def __init__(self, backend: Backend, group: Group, schedule: Schedule, account: Account) -> None:
+    def __init__(
+        self, backend: Backend, group: Group, schedule: Schedule, account: Account, tiers: Tiers | None = None
+    ) -> None:
         self._backend, self._group, self._schedule, self._account = backend, group, schedule, account
+        self._tiers = tiers
         self._handles: dict[int, _Handle] = {}
         self._bytes = 0  # of this rank's last pack
         self._lock = threading.Lock()
@@ -118,6 +122,8 @@ class Kept:
         root, _, folder = loaded.ref.rpartition("/")
         if loaded.ref.startswith(IN_MEMORY):
             return self.open(self._steps[loaded.generation, loaded.step]), folder
+        if self._tiers is not None and root == self._tiers.nearest.root:
+            return self._tiers.nearest, folder
         return backend_for(root, direct=settings().direct), folder
 
     @property
@@ -195,7 +201,11 @@ class Kept:
             else:
                 a.failed(step, f"step {step} was not written to storage", from_wire(*outcome.error))
             return
-        if outcome.kind == "lost":
+        if outcome.kind == "arrived":
+            a.arrived()
+        elif outcome.kind == "detained":
+            a.detained(from_wire(*(outcome.error or ("", ""))))
+        elif outcome.kind == "lost":
             for handle in self._take_handles(step):
                 handle.end(PeerError(outcome.why))
         elif outcome.kind == "announced":
@@ -295,7 +305,12 @@ class Kept:
         for handle in list(self._handles.values()):
             if not handle.done(None if until is None else max(0.0, until - time.monotonic())):
                 return False
-        return self._keeping.quiet(None if until is None else max(0.0, until - time.monotonic()))
+        left = None if until is None else max(0.0, until - time.monotonic())
+        return self._keeping.quiet(left) and self.brought(None if until is None else max(0.0, until - time.monotonic()))
+
+    def brought(self, timeout: float | None) -> bool:
+        """Waits until nothing is left to bring from the local tier to the run, or trying failed; with a keeper."""
+        return self._keeping.brought(timeout)
 
     def close(self) -> None:
         """Lets go of the keeper."""

@@ -16,8 +16,8 @@ _ENDS = 8  # saves whose end is remembered
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: kind "complete", "announced", "void", "stored" or "lost"; seconds and bytes of a save to
-    storage; `lag`: seconds from complete to announced."""
+    """What became of a step: kind "complete", "announced", "void", "stored", "arrived" at the run or "detained" on the local
+    tier, or "lost"; seconds and bytes of a save to storage; `lag`: seconds from complete to announced."""
 
     kind: str
     step: int
@@ -27,6 +27,12 @@ class Outcome:
     commit: float = 0.0
     bytes: int = 0
     lag: float = 0.0
+
+    @classmethod
+    def brought(cls, kind: str, head: Mapping[str, Any]) -> Outcome:
+        """As the keeper tells of a step on its way from the local tier."""
+        error = (str(head["error"][0]), str(head["error"][1])) if "error" in head else None
+        return cls(kind, int(head["step"]), error=error, bytes=int(head.get("bytes", 0)))
 
     @classmethod
     def stored(cls, head: Mapping[str, Any]) -> Outcome:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckpt.catalog import Listing, Step, higher_is_better, lineage
 from ckpt.errors import UsageError
 
-__all__ = ["KeepAll", "KeepAny", "KeepBest", "KeepEvery", "KeepLast", "KeepWithin", "Policy", "kept", "metrics_of"]
+__all__ = [
+    "KeepAll",
+    "KeepAny",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "KeepWithin",
+    "Policy",
+    "kept",
+    "metrics_of",
+    "policies_from",
+    "policies_told",
+]
 
 
 class Policy(Protocol):
@@ -156,3 +168,33 @@ def kept(listing: Listing, policies: Sequence[Policy]) -> dict[str, bool]:
     for s in (present or steps)[-1:]:
         keep[s.folder] = True
     return keep
+
+
+_SIMPLE = {kind.__name__: kind for kind in (KeepLast, KeepEvery, KeepBest, KeepWithin)}
+
+
+def policies_told(policies: Sequence[Policy]) -> list[list[Any]]:
+    """Policies as JSON, for another process. UsageError for one that is not of this module."""
+    out: list[list[Any]] = []
+    for p in policies:
+        name = type(p).__name__
+        if isinstance(p, (KeepAny, KeepAll)):
+            out.append([name, policies_told(p.policies)])
+        elif type(p) is _SIMPLE.get(name):
+            out.append([name, vars(p)])
+        else:
+            raise UsageError(
+                f"keep={p!r}: the keeper, which carries steps from local= to the run, knows only ckpt's own policies"
+            )
+    return out
+
+
+def policies_from(told: Sequence[Sequence[Any]]) -> list[Policy]:
+    """What `policies_told` told."""
+    out: list[Policy] = []
+    for name, content in told:
+        if name in ("KeepAny", "KeepAll"):
+            out.append((KeepAny if name == "KeepAny" else KeepAll)(*policies_from(content)))
+        else:
+            out.append(_SIMPLE[name](**content))
+    return out

@@ -45,13 +45,16 @@ class Threaded:
         self._place = b""  # where that went
         self._last = self._last_local = time.monotonic()
         self._tiers = tiers
-        self._trickle = Trickle(tiers, account.keep, account.arrived, account.detained) if tiers else None
+        self._trickle = (
+            Trickle(tiers.way, lambda *_: account.arrived(), lambda _, e: account.detained(e))
+            if tiers and tiers.leads
+            else None
+        )
 
     def begin(self, state: Any, start: int, loaded: LoadReport | None = None) -> None:
         """A life begins. What an earlier one left to be brought to the remote is brought there."""
         self._handle = None
-        if self._trickle is not None:
-            self._trickle.wake()
+        self._wake()
 
     def step(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveHandle | None:
         """Begins to save a step, if it is due and no other is being saved."""
@@ -112,9 +115,9 @@ class Threaded:
             self._account.failed(step, f"step {step} was not saved, training goes on", outcome)
         else:
             self._account.committed(outcome)
-        if self._tiers is not None and self._trickle is not None and place != _REMOTE:
+        if self._tiers is not None and place != _REMOTE:
             self._tiers.share(folder)
-            self._trickle.wake()
+            self._wake()
 
     def store(self, state: Any, step: int, metrics: Mapping[str, float]) -> SaveReport:
         """Has a step in storage when it returns, unless it raises; with two tiers, in the local one and due for the other."""
@@ -127,12 +130,16 @@ class Threaded:
                 self._account.failed(step, "", e)
                 raise
         report = handle.result()
-        if self._tiers is not None and self._trickle is not None and self._place == _LOCAL:
+        if self._tiers is not None and self._place == _LOCAL:
             if self._tiers.leads:
                 self._tiers.begin(step_folder(report.step, report.generation), due=True)
             self._place = _BOTH
-            self._trickle.wake()
+            self._wake()
         return report
+
+    def _wake(self) -> None:
+        if self._trickle is not None:
+            self._trickle.wake()
 
     def wait(self, timeout: float | None) -> bool:
         """Waits until the save under way has ended, well or not, and what is due for the remote tier is there or cannot be
@@ -140,8 +147,11 @@ class Threaded:
         until = None if timeout is None else time.monotonic() + timeout
         if self._handle is not None and not self._handle.done(timeout):
             return False
-        left = None if until is None else max(0.0, until - time.monotonic())
-        return self._trickle is None or self._trickle.quiet(left)
+        return self.brought(None if until is None else max(0.0, until - time.monotonic()))
+
+    def brought(self, timeout: float | None) -> bool:
+        """The second half of that."""
+        return self._trickle is None or self._trickle.quiet(timeout)
 
     def close(self) -> None:
         """Stops bringing steps to the remote; what is left the next life brings."""

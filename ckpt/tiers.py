@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from ckpt.backends import Backend, Entry, LocalBackend, Upload
 from ckpt.backends.base import Buffer, ReadsAhead
@@ -22,9 +23,9 @@ from ckpt.commit import exists, read_commit, read_manifest, sealed, unseal
 from ckpt.config import Every, settings
 from ckpt.errors import CkptError, ConflictError, NotFoundError, StorageError, UsageError
 from ckpt.offline.copy import copy_step
-from ckpt.retention import KeepLast, Policy
+from ckpt.retention import KeepLast, Policy, policies_told
 
-__all__ = ["DUE", "Local", "Nearest", "Tiers"]
+__all__ = ["DUE", "Local", "Nearest", "Tiers", "Way", "mark_due"]
 
 log = logging.getLogger("ckpt")
 DUE = "due.json"
@@ -49,6 +50,24 @@ class Local:
     def __post_init__(self) -> None:
         if "://" in os.fspath(self.path) and not os.fspath(self.path).startswith("file://"):
             raise UsageError(f"local={os.fspath(self.path)!r}: a folder on a disk of the host, as /nvme/run")
+
+
+@dataclass
+class Way:
+    """From a local tier to the remote one. `keep`: the policies of the local tier, `remote_keep`: of the remote; `alone`: all
+    packs of the job's steps are in this folder."""
+
+    local: Backend
+    remote: Backend
+    keep: Sequence[Policy]
+    remote_keep: Sequence[Policy]
+    alone: bool
+
+
+def mark_due(local: Backend, folder: str) -> None:
+    """A step is to reach the remote tier."""
+    with suppress(ConflictError):
+        local.create(f"{folder}/{DUE}", b"{}\n")
 
 
 class Nearest:
@@ -140,13 +159,14 @@ class Nearest:
 
 class Tiers:
     """One rank's part in the two tiers of a run. Collective on construction: ranks that find the same folder share it.
-    `behind`: the remote once more, for a thread whose priority is low: threads that it starts are not the loads'.
+    `behind`: the remote once more, for a thread whose priority is low: threads that it starts are not the loads'. `keep`: of
+    the remote.
 
     Raises, on every rank: StorageError if a folder cannot be written, UsageError if it holds another run.
     """
 
-    def __init__(self, remote: Backend, behind: Backend, spec: Local, group: Group) -> None:
-        self.remote, self.behind, self.spec, self._group = remote, behind, spec, group
+    def __init__(self, remote: Backend, behind: Backend, spec: Local, keep: Sequence[Policy], group: Group) -> None:
+        self.remote, self.spec, self._group = remote, spec, group
         self.local = LocalBackend(os.fspath(spec.path).removeprefix("file://"), direct=settings().direct)
 
         def decide(_: list[bytes]) -> bytes:
@@ -171,12 +191,20 @@ class Tiers:
         """Whether this rank does what is done once a folder."""
         self._leaders = {folders.index(f) for f in set(folders)}
         self.nearest = Nearest(self.local, remote)
+        self.way = Way(self.local, behind, tuple(spec.keep), tuple(keep), self.alone)
+
+    def told(self) -> dict[str, Any]:
+        """What the keeper of this host has to know, as JSON. UsageError if it cannot be told."""
+        way = self.way
+        return {
+            "path": self.local.root, "leads": self.leads, "alone": self.alone,
+            "keep": policies_told(way.keep), "remote_keep": policies_told(way.remote_keep),
+        }  # fmt: skip
 
     def begin(self, folder: str, due: bool) -> None:
         """Before a save of a step, on the rank that will commit it."""
         if due:
-            with suppress(ConflictError):
-                self.local.create(f"{folder}/{DUE}", b"{}\n")
+            mark_due(self.local, folder)
 
     def share(self, folder: str) -> None:
         """After a save, well ended or not, in the thread that did it; collective. The commit and the manifest go to the
@@ -201,7 +229,7 @@ class Tiers:
             for name, content in zip(head["names"], head["content"], strict=True):
                 self.local.create(name, bytes.fromhex(content))
 
-    def settle(self) -> None:
+    def settle(self, brought: Callable[[], object]) -> None:
         """Before a restore; collective. Finds out which steps of the local tier can be read from there.
 
         Where hosts have folders of their own, what one needs of another's goes by way of the remote: the newest step that
@@ -233,6 +261,7 @@ class Tiers:
                 self.local.delete(f"{folder}/{DUE}")
         if first and first not in here:
             log.warning("ckpt: %s is on the disks of several hosts only; bringing it to %s", first, self.remote.root)
+            brought()  # another process of this host may be at it
             self._bring_now(first)
         self.nearest.listed = frozenset(here)
 
@@ -252,7 +281,10 @@ class Tiers:
         out = {}
         for s in list_run(self.local).committed:
             assert s.commit is not None
-            manifest = read_manifest(self.local, s.commit)
+            try:
+                manifest = read_manifest(self.local, s.commit)
+            except NotFoundError:  # retention has just deleted it
+                continue
             need = [manifest.pack_path(p) for p in range(len(manifest.packs))]
             have = [path for path in need if exists_at(self.local, f"{s.folder}/{path}")]
             out[s.folder] = (have, need)

@@ -1,4 +1,5 @@
-"""What brings steps from the local tier to the remote one: one thread a folder, behind everything else.
+"""What brings steps from the local tier to the remote one: one thread a folder, behind everything else; the trainer's, or
+where there is one the keeper's.
 
 It is in nobody's way: it runs at the lowest priority, waits for no save, and holds nothing that a save needs. What it
 could not do it tries again with the next step, and after a while; a process that comes after this one goes on where it
@@ -11,10 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from ckpt.catalog import Step, delete_tree, leftovers, list_run
+from ckpt.commit import exists
 from ckpt.config import settings
 from ckpt.errors import (
     CkptError,
@@ -26,9 +28,9 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.offline.copy import copy_step
-from ckpt.retention import Policy, kept
-from ckpt.tiers import DUE, Tiers, exists_at
-from ckpt.upkeep import retain
+from ckpt.offline.prune import retain
+from ckpt.retention import kept
+from ckpt.tiers import DUE, Way, exists_at
 
 __all__ = ["Trickle"]
 
@@ -42,20 +44,22 @@ class _Stopped(Exception):
 
 
 class Trickle:
-    """keep     retention policies of the remote: what they would not keep there is not brought there, if something newer is
+    """What the policies of the remote would not keep there is not brought there, if something newer is.
+
     arrived  told of every step that reached the remote, and the bytes that were sent
     failed   told of every failure
+    ended    told whenever it has nothing left to do for now
     """
 
     def __init__(
         self,
-        tiers: Tiers,
-        keep: Sequence[Policy],
+        way: Way,
         arrived: Callable[[Step, int], None],
         failed: Callable[[Step, Exception], None],
+        ended: Callable[[], None] = lambda: None,
         again: float = _AGAIN,
     ) -> None:
-        self._tiers, self._keep, self._arrived, self._failed, self._again = tiers, tuple(keep), arrived, failed, again
+        self._way, self._arrived, self._failed, self._ended, self._again = way, arrived, failed, ended, again
         self._changed = threading.Condition()
         self._asked = self._busy = self._over = False
         self._waiting = 0.0  # seconds until the next look at whether other hosts are done
@@ -65,8 +69,6 @@ class Trickle:
 
     def wake(self) -> None:
         """There may be something to do."""
-        if not self._tiers.leads:
-            return
         with self._changed:
             self._asked = True
             self._changed.notify_all()
@@ -81,18 +83,19 @@ class Trickle:
                 lambda: not (self._asked or self._busy or self._waiting), timeout
             )
 
-    def close(self) -> None:
-        """Stops, in the middle of a step if need be."""
+    def close(self, wait: bool = True) -> None:
+        """Stops, in the middle of a step if need be; and has stopped when it returns, unless it is not to `wait`."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
             thread = self._thread
-        if thread is not None:
+        if thread is not None and wait:
             thread.join(settings().deadline)
 
     def pending(self) -> list[Step]:
         """The steps of the local tier that are to reach the remote and have not, the newest first."""
-        found = [s for s in list_run(self._tiers.local).committed if exists_at(self._tiers.local, f"{s.folder}/{DUE}")]
+        local = self._way.local
+        found = [s for s in list_run(local).committed if exists_at(local, f"{s.folder}/{DUE}")]
         return sorted(found, key=lambda s: (-s.generation, -s.step))
 
     def _run(self) -> None:
@@ -116,6 +119,7 @@ class Trickle:
                 self._busy = False
                 self._waiting = self._waiting if pause else 0.0
                 self._changed.notify_all()
+            self._ended()
 
     def _pass(self) -> float | None:
         """Brings what is due. Returns in how many seconds to try again, if anything is left."""
@@ -128,21 +132,23 @@ class Trickle:
             began = time.monotonic()
             try:
                 sent, done = self._bring(step)
-            except StorageError as e:
+            except (StorageError, ConflictError, IntegrityError, FormatError, NotFoundError) as e:
+                if not self._hopeful(step, e):
+                    self._failed(step, e)
+                    log.error("ckpt: %s stays on the local disk: %s", step.folder, e)
+                    self._settled(step)
+                    continue
                 self._say(step, e)
                 again, self._waiting = self._again, 0.0
+                if isinstance(e, ConflictError):
+                    continue
                 break  # the others would fare no better
-            except (IntegrityError, FormatError, ConflictError, NotFoundError) as e:  # never to be had
-                self._failed(step, e)
-                log.error("ckpt: %s stays on the local disk: %s", step.folder, e)
-                self._settled(step)
-                continue
             if not done and self._patient(step):
                 again = self._waiting = min(self._again, max(_OTHERS, 2 * self._waiting))
             if not done:
                 continue
             if self._ill:
-                log.warning("ckpt: %s can be reached again; steps go there as before", self._tiers.remote.root)
+                log.warning("ckpt: %s can be reached again; steps go there as before", self._way.remote.root)
                 self._ill = ""
             log.info("ckpt: %s reached the remote after %.1f s", step.folder, time.monotonic() - began)
             self._settled(step)
@@ -151,16 +157,22 @@ class Trickle:
         return again
 
     def _bring(self, step: Step) -> tuple[int, bool]:
-        return copy_step(
-            self._tiers.local, self._tiers.behind, step.folder, self._look_up, elsewhere=not self._tiers.alone
-        )
+        way = self._way
+        return copy_step(way.local, way.remote, step.folder, self._look_up, elsewhere=not way.alone)
+
+    def _hopeful(self, step: Step, e: CkptError) -> bool:
+        """Whether a failure may pass. What is in the way of a step may go, as what somebody else brings; another commit of
+        its name stays."""
+        if isinstance(e, ConflictError):
+            return not exists(self._way.remote, step.folder)
+        return isinstance(e, StorageError)
 
     def _patient(self, step: Step) -> bool:
         """Whether to go on waiting for the packs of other hosts; if not, the step is given up."""
         since = self._since.setdefault(step.folder, time.monotonic())
         if time.monotonic() - since < 2 * settings().deadline:
             return True
-        e = DeadlineError(f"{step.folder}: the other hosts did not bring their packs to {self._tiers.remote.root}")
+        e = DeadlineError(f"{step.folder}: the other hosts did not bring their packs to {self._way.remote.root}")
         self._failed(step, e)
         log.error("ckpt: %s; it stays on the local disks", e)
         self._settled(step)
@@ -172,17 +184,19 @@ class Trickle:
 
     def _wanted(self, step: Step) -> bool:
         """Whether the remote would keep a step that something newer has overtaken."""
-        if not self._keep:
+        if not self._way.remote_keep:
             return True
-        there = list_run(self._tiers.behind)
+        there = list_run(self._way.remote)
         steps = [*there.steps, *(s for s in self.pending() if s.folder not in {t.folder for t in there.committed})]
         steps = [s for s in steps if s.commit is not None]
         steps.sort(key=lambda s: (s.generation, s.step))
-        return kept(type(there)(there.run, there.generations, tuple(steps)), self._keep).get(step.folder, True)
+        return kept(type(there)(there.run, there.generations, tuple(steps)), self._way.remote_keep).get(
+            step.folder, True
+        )
 
     def _settled(self, step: Step) -> None:
         self._since.pop(step.folder, None)
-        self._tiers.local.delete(f"{step.folder}/{DUE}")
+        self._way.local.delete(f"{step.folder}/{DUE}")
 
     def _say(self, step: Step, e: Exception) -> None:
         """Counts a failure; says so once until it is over."""
@@ -190,13 +204,13 @@ class Trickle:
         if not self._ill:
             log.error(
                 "ckpt: %s did not reach %s, it is on the local disk only; this is tried again with the steps to come: %s",
-                step.folder, self._tiers.remote.root, e,
+                step.folder, self._way.remote.root, e,
             )  # fmt: skip
         self._ill = str(e)
 
     def _tidy(self) -> None:
         """Deletes what no policy of the local tier keeps, and what failed saves left there."""
-        local = self._tiers.local
-        retain(local, self._tiers.spec.keep, {s.folder for s in self.pending()})
+        local = self._way.local
+        retain(local, self._way.keep, {s.folder for s in self.pending()})
         for path in leftovers(local, list_run(local), 2 * settings().deadline):
             delete_tree(local, path)

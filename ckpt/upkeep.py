@@ -7,22 +7,23 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.backends import Backend
-from ckpt.catalog import Step, delete_step, list_run, with_ledger, write_ledger
+from ckpt.catalog import write_ledger
 from ckpt.config import settings
 from ckpt.errors import CkptError, UsageError
 from ckpt.events import Event, Events
-from ckpt.retention import Policy, kept, metrics_of
+from ckpt.offline.prune import retain
+from ckpt.retention import Policy
 from ckpt.saving import SaveReport
 from ckpt.snapshot.fence import fence_here
 
-__all__ = ["Account", "CloseReport", "Metrics", "numbers", "retain", "warn_per_rank", "write_rows"]
+__all__ = ["Account", "CloseReport", "Metrics", "numbers", "warn_per_rank", "write_rows"]
 
 log = logging.getLogger("ckpt")
 Metrics = Mapping[str, Any]
@@ -56,21 +57,6 @@ def write_rows(backend: Backend, generation: int, waiting: deque[dict[str, objec
     except CkptError as e:
         log.error("ckpt: metrics of %d steps were not written yet: %s", len(rows), e)
         waiting.extendleft(reversed(rows[-_LATER:]))
-
-
-def retain(backend: Backend, policies: Sequence[Policy], needed: Container[str] = ()) -> None:
-    """Deletes what no policy keeps, but for the folders in `needed`; a failure, of a policy too, is logged, not raised."""
-    if not policies:
-        return
-    try:
-        listing = list_run(backend)
-        if any(metrics_of(policies)):
-            listing = with_ledger(backend, listing)
-        for folder, keep in kept(listing, policies).items():
-            if not keep and folder not in needed:
-                delete_step(backend, folder)
-    except Exception as e:
-        log.error("ckpt: old steps were not deleted: %s", e, exc_info=None if isinstance(e, CkptError) else e)
 
 
 def warn_per_rank(names: Sequence[str], rank: int) -> None:
@@ -170,12 +156,12 @@ class Account:
         )  # fmt: skip
         self.tidy()
 
-    def arrived(self, step: Step, sent: int) -> None:
+    def arrived(self) -> None:
         """A step has reached the remote tier."""
         self.report.arrived += 1
         self.tidy()
 
-    def detained(self, step: Step, e: Exception) -> None:
+    def detained(self, e: Exception) -> None:
         """Counts a step that could not be brought to the remote tier now."""
         self.report.detained += 1
         self.report.last_error = f"{e.kind if isinstance(e, CkptError) else type(e).__name__}: {e}"

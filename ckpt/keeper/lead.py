@@ -54,10 +54,12 @@ class Void:
 
 @dataclass(frozen=True)
 class Persist:
-    """The step in `slot` is to be written to storage; the slot stays until `persisted`."""
+    """The step in `slot` is to be written to storage; the slot stays until `persisted`. Not `due`: of two tiers of
+    storage only the local one asked for it."""
 
     key: Key
     slot: int
+    due: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,13 @@ class _Slot:
 
 @dataclass
 class Lead:
-    """One job. `memory` and `storage`: when steps are due for either."""
+    """One job. `memory`, `storage`, `local`: when steps are due for each; `local` is a tier before the storage, if there
+    is one with a schedule of its own."""
 
     world: int
     memory: Every
     storage: Every | None
+    local: Every | None = None
     generation: int = 0
     slots: dict[int, _Slot] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)  # ranks that have the plan of `epoch` and their slots
@@ -123,8 +127,10 @@ class Lead:
     persisting: Key | None = None
     persisted: Key = (-1, -1)
     stored_step: int = -1  # of this life: the step up to which storage is served
+    local_step: int = -1  # the same of the local tier
     last_memory: float = 0.0
     last_storage: float = 0.0
+    last_local: float = 0.0
     diverged: set[str] = field(default_factory=set)  # tensors that stopped being copies of one another
     retry_after: float = 0.0
     failures: int = 0
@@ -135,8 +141,8 @@ class Lead:
         self.ready.clear()
         self.epoch = 0
         self.at, self.granted, self.margin = start - 1, start - 1, 1
-        self.stored_step = start - 1
-        self.last_memory = self.last_storage = now
+        self.stored_step = self.local_step = start - 1
+        self.last_memory = self.last_storage = self.last_local = now
         for slot in self.slots.values():
             if slot.state is State.GRANTED:
                 slot.state, slot.parts = State.FREE, {}
@@ -296,30 +302,40 @@ class Lead:
         slot.state, slot.parts = State.COMPLETE, {}
         self.margin = max(1, self.margin - max(1, self.margin // 8))  # not at once back to what was too late before
         out: list[Decision] = [Complete(slot.key, number)]
-        if self._owed(slot.key[1]):
-            out += self._persist(number, slot)
+        due = self._owed(slot.key[1])
+        if due is not None:
+            out += self._persist(number, slot, due)
         self._release()
         return out
 
-    def _persist(self, number: int, slot: _Slot) -> list[Decision]:
+    def _persist(self, number: int, slot: _Slot, due: bool = True) -> list[Decision]:
         if self.persisting is not None or slot.key <= self.persisted:
             return []
         self.persisting = slot.key
         slot.readers.add("storage")
         if slot.key[0] == self.generation:
-            self.stored_step = max(self.stored_step, slot.key[1])
-            self.last_storage = self.last_memory
-        return [Persist(slot.key, number)]
+            self.local_step, self.last_local = max(self.local_step, slot.key[1]), self.last_memory
+            if due:
+                self.stored_step, self.last_storage = max(self.stored_step, slot.key[1]), self.last_memory
+        return [Persist(slot.key, number, due)]
 
-    def _owed(self, step: int) -> bool:
-        """Whether a step that is due for storage lies between the last one persisted and this one, and now is the time."""
+    def _owed(self, step: int) -> bool | None:
+        """Whether a step that is due for storage lies between the last one persisted and this one, and now is the time; if
+        only the local tier is owed one, False; None if neither is."""
         if self.storage is None or self.last_memory < self.retry_after:
-            return False
+            return None
         if self.failures:
             return True
-        by_step = self.storage.steps is not None and _next_due(self.storage.steps, self.stored_step) <= step
-        minutes = self.storage.minutes
-        return by_step or (minutes is not None and self.last_memory - self.last_storage >= 60 * minutes)
+        for every, upto, last, due in (
+            (self.storage, self.stored_step, self.last_storage, True),
+            (self.local, self.local_step, self.last_local, False),
+        ):
+            if every is None:
+                continue
+            by_step = every.steps is not None and _next_due(every.steps, upto) <= step
+            if by_step or (every.minutes is not None and self.last_memory - last >= 60 * every.minutes):
+                return due
+        return None
 
     def _release(self) -> None:
         """Frees what is complete and not needed: older than the newest complete step, and read by nobody."""
@@ -352,7 +368,8 @@ class Lead:
     def _next(self, after: int, now: float) -> int | None:
         """The first step behind `after` that is due for memory or for storage."""
         found = []
-        for every, last in ((self.memory, self.last_memory), (self.storage, self.last_storage)):
+        schedules = (self.memory, self.last_memory), (self.storage, self.last_storage), (self.local, self.last_local)
+        for every, last in schedules:
             if every is not None and every.steps is not None:
                 found.append(_next_due(every.steps, after))
             if every is not None and every.minutes is not None and now - last >= 60 * every.minutes:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ckpt.errors import CkptError, FormatError, PeerError, to_wire
 from ckpt.keeper.protocol import Connection, Frame, frame, own_peer, proof
 
-__all__ = ["Loop", "Peer"]
+__all__ = ["Loop", "Peer", "alive"]
 
 log = logging.getLogger("ckpt.keeper")
 _GREETING = 5.0  # seconds in which a stranger has to prove himself
@@ -219,3 +219,10 @@ class Loop:
     def _watch(self, peer: Peer) -> None:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.link.waiting else 0)
         self._selector.modify(peer.link.sock, wanted, peer)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is stopped or a zombie does not count."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0] not in ("T", "t", "Z", "X")
+    return False

@@ -6,8 +6,11 @@ import json
 import logging
 import os
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ckpt.collective import Group
@@ -159,6 +162,19 @@ class Member:
             except CkptError as e:
                 why = str(e)
         raise NotFoundError(f"step {step.key[1]} is no longer in memory: {why}")
+
+    def brought(self, timeout: float | None) -> bool:
+        """Waits until nothing is left to bring from the local tier to the run, or trying failed, or nobody is there to try."""
+        until = None if timeout is None else time.monotonic() + timeout
+        never = threading.Event()
+        while self.link.lost is None:
+            with suppress(CkptError):
+                if self.link.ask("brought", timeout=self.deadline)["quiet"]:
+                    return True
+            if until is not None and time.monotonic() >= until:
+                return False
+            never.wait(0.02)
+        return True
 
     def done_reading(self, damaged: Key | None = None) -> None:
         """The step that was opened may go; `damaged` if it is not what was sealed."""

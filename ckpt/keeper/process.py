@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 from ckpt import faults
@@ -30,11 +29,12 @@ from ckpt.errors import CkptError, ConflictError, IntegrityError, to_wire
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.averaging import Averaging
 from ckpt.keeper.holding import write_packs
-from ckpt.keeper.loop import Loop, Peer
+from ckpt.keeper.loop import Loop, Peer, alive
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.seat import Life, Seat
 from ckpt.keeper.service import Service
 from ckpt.keeper.shield import Shield
+from ckpt.keeper.tier import Tier
 from ckpt.keeper.uplink import Uplink
 from ckpt.keeper.vault import Vault
 from ckpt.keeper.watch import Near, Protected, fence_others
@@ -62,6 +62,7 @@ class Keeper:
         self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
         self._service = Service(self.loop, self.vault, self.shield, self.uplink.tell)
         self.averaging = Averaging(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
+        self.tier = Tier(self.loop, config, self._work, self._tell_trainers)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
@@ -93,12 +94,14 @@ class Keeper:
         self.loop.run(self._over)
         self.uplink.close()
         self.shield.close()
+        self.tier.close()
         self._storage.shutdown()
 
     def _over(self) -> bool:
         if self._busy or self.seat.busy or self.averaging.busy:
             return False
-        return self._ending or (self._until is not None and self.clock() >= self._until)
+        over = self._ending or (self._until is not None and self.clock() >= self._until)
+        return over and not self.tier.holds()
 
     def _work(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Runs a function in the storage thread; the loop hears its result, or its error."""
@@ -158,7 +161,7 @@ class Keeper:
         """A trainer says who it is; it is told what there is, and gets the memory of its rank."""
         rank = int(message["rank"])
         for other in [p for p in self.loop.peers if p.rank == rank and p is not peer]:
-            if other.pid != peer.pid and not other.closed and _alive(other.pid):
+            if other.pid != peer.pid and not other.closed and alive(other.pid):
                 raise ConflictError(
                     f"rank {rank} of this run is being trained by process {other.pid}; one job at a time may write to "
                     "a run: end that one, or name another run"
@@ -218,20 +221,23 @@ class Keeper:
         if first:
             hosts = {int(rank): str(host) for rank, host in message["ranks"].items()}
             codecs = parse_codecs(message["codecs"])
-            self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts)
+            local = self.tier.begin(message.head.get("local"), str(message["run"]), first)
+            self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts, local)
             self._granted.clear()
             if message["redundancy"] is None:  # nobody will say that the life has begun
                 self.shield.pinned = False
             self.averaging.begin(self.life.world)
             if self.uplink.here:
-                memory, storage = (None if e is None else Every(*e) for e in (message["memory"], message["storage"]))
+                schedules = message["memory"], message["storage"], message.head.get("near")
+                memory, storage, near = (None if e is None else Every(*e) for e in schedules)
                 extents = tuple(int(n) for n in message["extents"])
                 redundancy = decode_redundancy(message["redundancy"])
                 protected = Protected(redundancy, hosts, extents) if redundancy is not None else None
-                self.seat.begin(self.life, memory, storage, slots, int(message["start"]), protected)
+                self.seat.begin(self.life, memory, storage, slots, int(message["start"]), protected, near)
         self.vault.put(peer.rank, message["new"], message.fds, replace=True)
         peer.living, peer.ready = True, -1
         if not first:
+            self.tier.begin(message.head.get("local"), str(message["run"]), first)
             self.uplink.tell(frame("slots", slots=slots, extents=message["extents"]))
         return frame("answer")
 
@@ -266,6 +272,9 @@ class Keeper:
     def _on_want(self, peer: Peer, message: Frame) -> Frame:
         there, done = self.seat.want(int(message["step"]))
         return frame("answer", there=there, done=done)
+
+    def _on_brought(self, peer: Peer, message: Frame) -> Frame:
+        return frame("answer", quiet=self.tier.quiet())
 
     def _on_done(self, peer: Peer, message: Frame) -> None:
         self.uplink.tell(frame("done", rank=peer.rank, damaged=message["damaged"]))
@@ -350,7 +359,7 @@ class Keeper:
                 self.shield.keep(steps)
                 self.vault.forget(steps, {int(n) for n in order["slots"]})
         elif kind == "write":
-            self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]))
+            self._write((int(order["key"][0]), int(order["key"][1])), str(order["attempt"]), bool(order["local"]))
         elif kind == "complete":
             assert self.life is not None
             self.vault.complete(order, self.life.hosts, self.host)
@@ -363,6 +372,8 @@ class Keeper:
             self.averaging.obey(order)
         elif kind == "synced":
             self.uplink.synced(order)
+        elif kind == "due":
+            self.tier.obey(order)
         elif kind in ("fence", "lay", "start", "abandon"):
             self.shield.obey(order)
         else:
@@ -378,6 +389,9 @@ class Keeper:
                     return
             if kind == "stored" and "error" in order.head and not any(p.living for p in self.loop.peers):
                 self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
+            if kind == "stored":
+                self.tier.obey(order)
+                order = frame(kind, **order.head)
             self._tell_trainers(order)
             if kind == "rejoin":  # what was said while there was no seat was not heard
                 self.uplink.rejoin(int(order["epoch"]))
@@ -386,15 +400,14 @@ class Keeper:
         for peer in [p for p in self.loop.peers if p.living]:
             self.loop.tell(peer, message)
 
-    def _write(self, key: tuple[int, int], attempt: str) -> None:
+    def _write(self, key: tuple[int, int], attempt: str, local: bool) -> None:
         """Writes the packs of this host in the storage thread."""
         held, life = self.vault.held[key], self.life
         assert life is not None
 
         def write() -> Any:
-            return write_packs(
-                life.backend(self.config.direct), held, attempt, life.codecs, self.config, self._ring_made
-            )
+            backend = self.tier.backend(held, attempt) if local else life.backend(self.config.direct)
+            return write_packs(backend, held, attempt, life.codecs, self.config, self._ring_made)
 
         def wrote(found: Any) -> None:
             told: dict[str, Any] = {"key": list(key), "attempt": attempt, "host": self.host}
@@ -424,10 +437,3 @@ class Keeper:
             self.loop.tell(peer, frame("plan", text, key=key))
         self.loop.tell(peer, frame("rejoin", epoch=self.seat.lead.epoch if self.seat.lead else 0))
         self.seat.came(peer.host)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that is stopped or a zombie does not count."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as f:
-        return f.read().rpartition(")")[2].split()[0] not in ("T", "t", "Z", "X")
-    return False

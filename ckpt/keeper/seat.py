@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt import faults
-from ckpt.backends import Backend
+from ckpt.backends import Backend, LocalBackend
 from ckpt.catalog import drop_attempt
-from ckpt.commit import claim_attempt, step_folder
+from ckpt.commit import Commit, claim_attempt, step_folder
 from ckpt.config import Every
 from ckpt.errors import CkptError, ConflictError, IntegrityError, PeerError, to_wire
 from ckpt.format.codec import Codec
@@ -30,7 +30,9 @@ from ckpt.keeper.averaged import refused, summary
 from ckpt.keeper.holding import Held, commit_held
 from ckpt.keeper.lead import Complete, Decision, Grant, Key, Lead, Persist, Replan, Sealed, Stepped, Void
 from ckpt.keeper.protocol import Frame, frame
+from ckpt.keeper.tier import commit_to_share
 from ckpt.keeper.watch import Near, Protected, Watch
+from ckpt.tiers import mark_due
 from ckpt.write import PackReport, decode_report
 
 __all__ = ["Life", "Seat"]
@@ -41,29 +43,34 @@ _AGAIN = 5.0  # seconds until a save that nobody but the keepers can do any more
 
 @dataclass(frozen=True)
 class Life:
-    """What the trainers told when their life began."""
+    """What the trainers told when their life began. `local`: the folder of the local tier on this host; "": there is none."""
 
     generation: int
     world: int
     run: str
     codecs: tuple[tuple[str, Codec], ...]
     hosts: Mapping[int, str]
+    local: str = ""
 
-    def backend(self, direct: bool) -> Backend:
-        """The run's storage."""
+    def backend(self, direct: bool, local: bool = False) -> Backend:
+        """The run's storage, or this host's tier before it."""
         from ckpt.backends import backend_for
 
-        return backend_for(self.run, direct=direct)
+        return LocalBackend(self.local, direct=direct) if local else backend_for(self.run, direct=direct)
 
 
 @dataclass
 class _Save:
-    """A step on its way to storage. `waiting`: hosts that have not written yet."""
+    """A step on its way to storage. `waiting`: hosts that have not written yet; `backend`: where it is claimed and
+    committed; `local`: that is the local tier, from which it is `due` for the remote one, or not."""
 
     held: Held
     life: Life
     began: float
     waiting: set[str]
+    backend: Backend
+    local: bool
+    due: bool
     attempt: str = ""
     writer: str = ""
     written: float = 0.0
@@ -93,6 +100,9 @@ class Seat:
     _parts: dict[tuple[Key, int], Frame] = field(default_factory=dict)
     _save: _Save | None = None
     _kept: tuple[Any, ...] = ()
+    _full: bool = False  # the local tier took nothing the last time: the next step goes to the remote one itself
+    _near: Key | None = None  # the last step of the local tier that is not due for the remote one
+    _wanted: Key | None = None  # what was asked for in storage, whatever tier it was meant for
     _mixed: tuple[Key, list[Decision]] | None = None  # what waits until all ranks have refused to fold a step
 
     @property
@@ -108,12 +118,13 @@ class Seat:
         slots: list[int],
         start: int,
         protected: Protected | None = None,
+        local: Every | None = None,
     ) -> None:
         """A life begins at step `start`."""
         if self.lead is None or self.watch is None:
             self.lead = Lead(life.world, memory or Every(1), storage)
             self.watch = Watch(self.lead, self.order, self.after, self.others, self._decided, self.patience)
-        self.lead.memory, self.lead.storage = memory or Every(1), storage
+        self.lead.memory, self.lead.storage, self.lead.local = memory or Every(1), storage, local
         self.life, self.deserted = life, False
         self._parts.clear()
         if self._mixed is not None:  # nobody is left to refuse
@@ -164,6 +175,8 @@ class Seat:
             decisions = lead.done_reading(f"rank {rank}", now)
         elif kind == "rescue":
             self.deserted = bool(event["deserted"])
+            newest = lead.newest()
+            self._want(newest[1] if newest is not None else None)
             decisions = lead.rescue()
         elif kind == "wrote":
             self._wrote(event)
@@ -176,6 +189,7 @@ class Seat:
         if self.lead is None:
             return False, False
         there, decisions = self.lead.want(step)
+        self._want((self.lead.generation, step))
         done = there and self.lead.persisted == (self.lead.generation, step)
         self._decided(decisions)
         return there, done
@@ -265,14 +279,26 @@ class Seat:
         life = self.life
         assert life is not None
         held = self.held[d.key]
-        save = _Save(held, life, self.clock(), {held.hosts[r] for r in held.parts})
+        local = bool(life.local) and not self._full
+        backend, due = life.backend(self.direct, local), d.due or d.key == self._wanted
+        save = _Save(held, life, self.clock(), {held.hosts[r] for r in held.parts}, backend, local, due)
         self._save = save
         faults.point("keeper persist")
         self.order(frame("storing", step=held.step), None)
-        self.work(
-            lambda: claim_attempt(life.backend(self.direct), held.folder, held.world),
-            lambda found: self._claimed(save, found),
-        )
+
+        def claim() -> tuple[str, str]:
+            if save.local and save.due:
+                mark_due(save.backend, held.folder)
+            return claim_attempt(save.backend, held.folder, held.world)
+
+        self.work(claim, lambda found: self._claimed(save, found))
+
+    def _want(self, key: Key | None) -> None:
+        """A step is to be in storage, the remote tier if there are two: one that only the local tier has is due from now on."""
+        self._wanted = key or self._wanted
+        if self._near is not None and self._near == self._wanted:
+            self._near = None
+            self.order(frame("due", key=list(self._wanted)), None)
 
     def _claimed(self, save: _Save, found: tuple[str, str] | Exception) -> None:
         if self._save is not save:
@@ -282,7 +308,7 @@ class Seat:
             return
         save.attempt, save.writer = found
         key = [save.held.generation, save.held.step]
-        self.order(frame("write", key=key, attempt=save.attempt), None)
+        self.order(frame("write", key=key, attempt=save.attempt, local=save.local), None)
 
     def _wrote(self, event: Frame) -> None:
         save = self._save
@@ -302,14 +328,20 @@ class Seat:
             return
         save.written = self.clock()
         life = save.life
+
+        def publish() -> tuple[Commit, Frame | None]:
+            done = commit_held(save.backend, save.held, life.codecs, save.reports, save.attempt, save.writer)
+            share = save.local and len(set(save.held.hosts.values())) > 1
+            return done, commit_to_share(save.backend, done) if share else None
+
         self.work(
-            lambda: commit_held(
-                life.backend(self.direct), save.held, life.codecs, save.reports, save.attempt, save.writer
-            ),
-            lambda done: self._ended(save, done if isinstance(done, Exception) else None, done),
+            publish,
+            lambda done: self._ended(save, done) if isinstance(done, Exception) else self._ended(save, None, *done),
         )
 
-    def _ended(self, save: _Save, error: Exception | None, commit: Any = None) -> None:
+    def _ended(
+        self, save: _Save, error: Exception | None, commit: Commit | None = None, share: Frame | None = None
+    ) -> None:
         """A save has ended, well or not; if not, what is left of it goes."""
         if self._save is not save:
             return
@@ -317,8 +349,12 @@ class Seat:
         faults.point("keeper persisted")
         lead, now, key = self.lead, self.clock(), _key(save.held)
         assert lead is not None
-        told: dict[str, Any] = {"step": key[1], "generation": key[0]}
+        told: dict[str, Any] = {"step": key[1], "generation": key[0], "local": save.local, "due": save.due}
+        self._full = save.local and error is not None
+        if save.local and not save.due and error is None:
+            self._near = key
         if error is None:
+            assert commit is not None
             told |= {"write": save.written - save.began, "commit": now - save.written, "bytes": commit.bytes}
         else:
             log.error("%s was not written to storage: %s", step_folder(key[1], key[0]), error)
@@ -327,18 +363,16 @@ class Seat:
                 self._drop_attempt(save, error)
             if isinstance(error, IntegrityError):
                 lead.damaged(key)
-        self.order(frame("stored", **told), None)
+        self.order(Frame("stored", told | dict(share.head if share else {}), share.payload if share else b""), None)
+        self._want(None)
         done = error is None or isinstance(error, ConflictError)
         self._decided(lead.persist_ended(key, done, now))
         if not done and self.deserted:
             self.after(_AGAIN, lambda: self.hear(frame("rescue", deserted=self.deserted)))
 
     def _drop_attempt(self, save: _Save, error: Exception) -> None:
-        backend, whole = (
-            save.life.backend(self.direct),
-            isinstance(error, CkptError) and not isinstance(error, PeerError),
-        )
-        self.work(lambda: drop_attempt(backend, save.held.folder, save.attempt, whole=whole), lambda _: None)
+        whole = isinstance(error, CkptError) and not isinstance(error, PeerError)
+        self.work(lambda: drop_attempt(save.backend, save.held.folder, save.attempt, whole=whole), lambda _: None)
 
 
 def _key(held: Held) -> Key:

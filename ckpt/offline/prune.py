@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,12 +18,15 @@ from ckpt.catalog import (
     leftovers,
     lineage,
     list_run,
+    with_ledger,
 )
 from ckpt.commit import read_commit
 from ckpt.errors import CkptError, FormatError, IntegrityError, NotFoundError
 from ckpt.retention import Policy, kept, metrics_of
 
-__all__ = ["Doomed", "Pruning", "carry_out", "measure", "plan_prune"]
+__all__ = ["Doomed", "Pruning", "carry_out", "measure", "plan_prune", "retain"]
+
+log = logging.getLogger("ckpt")
 
 
 @dataclass(frozen=True)
@@ -162,3 +166,18 @@ def measure(backend: Backend, path: str) -> tuple[int, float]:
         inside = measure(backend, f"{path}/{e.name}") if e.folder else (e.size, 0.0)
         nbytes, newest = nbytes + inside[0], max(newest, e.modified, inside[1])
     return nbytes, newest
+
+
+def retain(backend: Backend, policies: Sequence[Policy], needed: Container[str] = ()) -> None:
+    """Deletes what no policy keeps, but for the folders in `needed`; a failure, of a policy too, is logged, not raised."""
+    if not policies:
+        return
+    try:
+        listing = list_run(backend)
+        if any(metrics_of(policies)):
+            listing = with_ledger(backend, listing)
+        for folder, keep in kept(listing, policies).items():
+            if not keep and folder not in needed:
+                delete_step(backend, folder)
+    except Exception as e:
+        log.error("ckpt: old steps were not deleted: %s", e, exc_info=None if isinstance(e, CkptError) else e)

@@ -120,6 +120,7 @@ class Job:
 
     diverge  from which step on the buffer is another one on each rank
     cut      with a tensor of which each rank declares a piece
+    near     with a local tier that is saved to every so many steps
     redundancy  see `ckpt.Checkpointer`
     log      a file for what was seen: "at N" before a step is passed, "sealed N" and "stored N" after the fact
     """
@@ -137,7 +138,9 @@ class Job:
         diverge: int | None = None,
         cut: bool = False,
         redundancy: Any = None,
+        near: int | None = None,
     ) -> None:
+        self.near = near
         self.run, self.salt, self.rank, self.world, self.diverge = run, salt, rank, world, diverge
         self.redundancy = redundancy
         self.model = Net(wide)
@@ -192,6 +195,9 @@ class Job:
         every = None if storage is None else ckpt.Every(storage)
         if self.redundancy is not None:
             more["redundancy"] = self.redundancy
+        if self.near is not None:
+            disk = f"{self.run}.disk{os.environ.get('CKPT_HOST', '')}"
+            more["local"] = ckpt.Local(disk, ckpt.Every(self.near), [ckpt.KeepLast(2)])
         self.cp = ckpt.Checkpointer(
             self.run, self.state, memory=ckpt.Every(memory), storage=every, on_event=self.events.append,
             averages=averages, **more

@@ -43,7 +43,7 @@ def _job(rank: int, world: int, folder: str, disks: list[int], upto: int, away: 
     )
     assert cp._tiers is not None
     if away:
-        cp._tiers.behind = FaultyBackend(cp._tiers.behind, [Fault("new", "error", nth=0)])
+        cp._tiers.way.remote = FaultyBackend(cp._tiers.way.remote, [Fault("new", "error", nth=0)])
     for n in range(start, upto):
         fresh = _state(rank, world, n)
         state["own"].tensor.copy_(fresh["own"].tensor)

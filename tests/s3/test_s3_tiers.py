@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ckpt.backends import backend_for
 from ckpt.backends.base import KeepsUploads
 from ckpt.backends.s3_client import client_for
 from ckpt.catalog import list_run
+from ckpt.keeper.view import keepers_here
 from ckpt.offline.prune import carry_out, plan_prune
 
 
@@ -85,6 +87,53 @@ def test_wrong_credentials(
     assert cp.wait(120)
     cp.close()
     assert runs.committed(url) == [0, 1, 2, 3] and runs.check(url) == 3
+
+
+KEPT = """
+import sys, time
+from pathlib import Path
+sys.path.append({here!r})
+import runs, ckpt
+cp = ckpt.Checkpointer(sys.argv[1], runs.state(0), memory=ckpt.Every(1), storage=ckpt.Every(1), local=sys.argv[2])
+cp.restore()
+handle = cp.step(0)
+assert handle.result(60).step == 0
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_trainer_dies_between_the_commit_on_the_disk_and_that_in_the_store(
+    url: str, between: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: bool
+) -> None:
+    """With a keeper: that brings the step all the same. With the keeper killed at the same point: the next life does."""
+    monkeypatch.setenv("CKPT_GRACE", "60")
+    rule = Rule(r"PUT .*partNumber", "held")
+    between.rules.append(rule)
+    code = KEPT.format(here=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", code, url, str(tmp_path / "disk")], env=dict(os.environ))
+    try:
+        assert rule.reached.wait(90)
+        assert local(tmp_path / "disk") == [0] and runs.committed(url) == []
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    [keeper] = [k.pid for k in keepers_here() if k.run == url]
+    if both:
+        os.kill(keeper, signal.SIGKILL)
+        rule.until.set()
+        assert runs.committed(url) == []
+        cp = ckpt.Checkpointer(url, runs.state(9), memory=ckpt.Every(1), storage=ckpt.Every(1), local=tmp_path / "disk")
+        assert cp.restore() == 1 and cp._state["note"] == 0 and cp.wait(120)
+        cp.close()
+    else:
+        rule.until.set()
+        end = time.monotonic() + 60
+        while runs.committed(url) != [0]:
+            assert time.monotonic() < end, "the keeper does not bring it"
+            time.sleep(0.02)
+        os.kill(keeper, signal.SIGTERM)  # or it would wait for a restart
+    assert runs.check(url) == 0
 
 
 CHILD = """

@@ -53,8 +53,8 @@ def same(cp: ckpt.Checkpointer, version: int) -> bool:
 def away(cp: ckpt.Checkpointer, *faults: Fault) -> FaultyBackend:
     """The remote of the trickle with faults: by default every upload fails."""
     assert cp._tiers is not None
-    cp._tiers.behind = FaultyBackend(cp._tiers.behind, faults or [Fault("new", "error", nth=0)])
-    return cp._tiers.behind
+    cp._tiers.way.remote = FaultyBackend(cp._tiers.way.remote, faults or [Fault("new", "error", nth=0)])
+    return cp._tiers.way.remote
 
 
 def test_each_tier_has_its_own_every_and_keep(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_stopping_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest.Mo
             self.inner.read(path, offset, into)
 
     gate = threading.Event()
-    cp._tiers.behind = Slow(cp._tiers.behind)
+    cp._tiers.way.remote = Slow(cp._tiers.way.remote)
     cp.step(0)
     cp.step(1)
     cp.close()
@@ -285,7 +285,7 @@ def test_the_trickle_is_out_of_the_way(tmp_path: Path) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     cp = job(tmp_path)
     assert cp._tiers is not None
-    cp._tiers.behind = Watching(cp._tiers.behind)
+    cp._tiers.way.remote = Watching(cp._tiers.way.remote)
     cp.restore()
     train(cp, 0, 2)
     assert seen and set(seen) == {19} and os.getpriority(os.PRIO_PROCESS, 0) == before
