@@ -378,15 +378,12 @@ class Keeper:
             self.shield.obey(order)
         else:
             self.averaging.obey(order)
-            if kind == "announced":
+            if kind in ("announced", "void"):
                 self.shield.obey(order)
             if kind == "grant":
                 self._granted.add(int(order["slot"]))
-                if not self.shield.granted(int(order["slot"])):
-                    for peer in [p for p in self.loop.peers if p.living]:
-                        why = f"the keeper of {self.host} still reads its slot"
-                        self.uplink.tell(frame("missed", rank=peer.rank, step=order["step"], why=why))
-                    return
+                self.shield.granted(order, lambda free: self._grant(order, free))
+                return
             if kind == "stored" and "error" in order.head and not any(p.living for p in self.loop.peers):
                 self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
             if kind == "stored":
@@ -395,6 +392,15 @@ class Keeper:
             self._tell_trainers(order)
             if kind == "rejoin":  # what was said while there was no seat was not heard
                 self.uplink.rejoin(int(order["epoch"]))
+
+    def _grant(self, order: Frame, free: bool) -> None:
+        """A slot may be written to, or is still being read."""
+        if free:
+            self._tell_trainers(order)
+            return
+        for peer in [p for p in self.loop.peers if p.living]:
+            why = f"the keeper of {self.host} still reads its slot"
+            self.uplink.tell(frame("missed", rank=peer.rank, step=order["step"], why=why))
 
     def _tell_trainers(self, message: Frame) -> None:
         for peer in [p for p in self.loop.peers if p.living]:

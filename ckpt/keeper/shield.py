@@ -78,6 +78,7 @@ class Shield:
         self._segments: dict[Key, Segment] = {}
         self._layouts: dict[Key, Layout] = {}
         self._reading: dict[int, int] = {}  # couriers in a slot
+        self._grants: dict[int, tuple[Frame, Callable[[bool], None]]] = {}  # of slots that are still being read
         self._sent: tuple[Mark, Key] | None = None  # what is being sent
         self._checked: set[Key] = set()
         self._reported: Mark = (0, 0)
@@ -102,6 +103,7 @@ class Shield:
         with self._lock:
             self.pinned = True
             self.ward.pin()
+            self._grants.clear()
             self._stop()
             self._lock.notify_all()
         return self.holding()
@@ -120,7 +122,7 @@ class Shield:
     # Orders, and what happens to the slots; in the loop.
 
     def obey(self, order: Frame) -> None:
-        """fence, lay, start, abandon, announced."""
+        """fence, lay, start, abandon, announced, void."""
         if order.kind == "fence":
             told = self.fence(int(order["generation"]))
             if told is not None:
@@ -136,6 +138,8 @@ class Shield:
                 self._lock.notify_all()
         elif order.kind == "announced":
             self.announced = int(order["generation"]), int(order["step"])
+        elif order.kind == "void":
+            self._grants = {n: g for n, g in self._grants.items() if g[0]["step"] != order["step"]}
 
     def fence(self, generation: int) -> Frame | None:
         """A life begins, or has another seat now: raises the fence, and says what is held. None if that life is over."""
@@ -145,6 +149,7 @@ class Shield:
             if self.ward.inventory(generation) is None:
                 self.ward.pin()  # what another seat of this life has ordered
             self.pinned = False
+            self._grants.clear()
             self._stop()
             fence = self.ward.fence
             self._lock.notify_all()
@@ -203,12 +208,24 @@ class Shield:
             self._segments[key], self._layouts[key] = segment, segment.layout
             self.ward.hold(key, segment.layout.placement)
 
-    def granted(self, slot: int) -> bool:
-        """A slot is about to be written to. False if it is being read all the same, so that it must not be."""
+    def granted(self, grant: Frame, told: Callable[[bool], None]) -> None:
+        """A slot is about to be written to. `told`, in the loop, once nobody reads it any more; with False if somebody does
+        so for too long. Not at all if the grant is void before, or the life is over."""
+        slot = int(grant["slot"])
         with self._lock:
-            keys = [key for key, segment in self._segments.items() if segment.held.slot == slot]
-            self._drop(keys)
-            return self._lock.wait_for(lambda: not self._reading.get(slot), _LET_GO)
+            self._drop([key for key, segment in self._segments.items() if segment.held.slot == slot])
+            self._grants.pop(slot, None)
+            if self._reading.get(slot):
+                self._grants[slot] = grant, told
+        if slot in self._grants:
+            self._loop.after(_LET_GO, lambda: self._let_go(grant, False))
+        else:
+            told(True)
+
+    def _let_go(self, grant: Frame, free: bool) -> None:
+        """A grant waits no longer, if it did."""
+        if self._grants.get(int(grant["slot"]), (None,))[0] is grant:
+            self._grants.pop(int(grant["slot"]))[1](free)
 
     def keep(self, steps: Collection[Key]) -> None:
         """These steps are in slots; others are not any more."""
@@ -371,8 +388,9 @@ class Shield:
     def returned(self, errand: Errand) -> None:
         with self._lock:
             self._reading[errand.slot] -= 1
-            if not self._reading[errand.slot]:
-                self._lock.notify_all()
+            waiting = self._grants.get(errand.slot) if not self._reading[errand.slot] else None
+        if waiting is not None:
+            self._loop.later(lambda: self._let_go(waiting[0], True))
 
     def undelivered(self, errand: Errand, why: str) -> None:
         """A chunk did not arrive."""

@@ -105,16 +105,45 @@ def here() -> Iterator[Here]:
 
 
 def test_a_slot_that_is_being_read_is_not_given_away(here: Here) -> None:
-    """Its step is no longer there for anybody; and as soon as it is read no more, it may be written to."""
+    """Its step is no longer there for anybody; and as soon as it is read no more, it may be written to. The loop goes on."""
     here.begin()
     here.start()
     errand = here.errand()
     assert here.shield.lend(errand, errand.start, errand.stop) is not None
-    assert not here.shield.granted(1)
+    told: list[bool] = []
+    here.shield.granted(frame("grant", slot=1, step=6), told.append)
+    assert not told
     assert here.shield.lend(errand, errand.start, errand.stop) is None and here.shield.segment_of((2, 5)) is None
     assert here.shield.holding().inventory.whole == {}
+    here.turn(lambda: told)
+    assert told == [False], "it is read for too long"
+    here.shield.granted(frame("grant", slot=1, step=7), told.append)
+    here.shield.granted(frame("grant", slot=0, step=7), told.append)
+    assert told == [False, True], "the other slot"
     here.shield.returned(errand)
-    assert here.shield.granted(1) and here.shield.granted(0)
+    here.turn(lambda: len(told) == 3)
+    assert told == [False, True, True]
+
+
+@pytest.mark.parametrize("end", ["void", "fence", "pin"])
+def test_a_grant_that_is_over_before_its_slot_is_free(here: Here, end: str) -> None:
+    """The trainers never hear of it: they would write where another step is to go."""
+    here.begin()
+    here.start()
+    errand = here.errand()
+    assert here.shield.lend(errand, errand.start, errand.stop) is not None
+    told: list[int] = []
+    here.shield.granted(frame("grant", slot=1, step=6), lambda free: told.append(6))
+    if end == "pin":
+        here.shield.pin()
+    else:
+        here.shield.obey(frame("void", step=6) if end == "void" else frame("fence", generation=3))
+    here.shield.granted(frame("grant", slot=2, step=9), lambda free: told.append(9))
+    here.shield.returned(errand)
+    passed: list[int] = []
+    here.loop.after(1.2, lambda: passed.append(1))
+    here.turn(lambda: passed)
+    assert told == [9]
 
 
 def test_nothing_is_sent_but_for_the_attempt_that_runs(here: Here) -> None:
