@@ -202,9 +202,8 @@ class Keeper:
             del self.uplink.addresses[host]
         self.uplink.addresses |= {str(h): (str(a), int(p)) for h, (a, p) in message["hosts"].items()}
         self.loop.secret = bytes.fromhex(message["secret"])
-        behind = self.life is not None and self.life.generation < int(
-            message.head.get("generation", -1)
-        )  # it was out of reach
+        newest = int(message.head.get("generation", -1))
+        behind = self.life is not None and self.life.generation < newest  # it was out of reach
         if self.uplink.lead(str(message["lead"])) or behind:
             self.seat = self._new_seat()
         self.uplink.reach()
