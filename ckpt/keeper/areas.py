@@ -32,6 +32,7 @@ class Areas:
         self._slots: list[Slot | None] = [None, None]
         self._larger: list[Slot | None] = [None, None]  # take the places of those that are needed as they are
         self._zeroed: list[Mark | None] = [None, None]
+        self._begun: list[set[tuple[int, int]]] = [set(), set()]  # the places that something was folded into
         self._sums: list[tuple[int, list[int]] | None] = [None, None]  # bytes, and CRC32C by piece, once all is folded
         self._folding = [0, 0]
         self._places = [threading.Lock() for _ in range(_LOCKS)]
@@ -83,7 +84,8 @@ class Areas:
         self._zeroed[number] = self._sums[number] = None
 
     def zero(self, number: int, size: int, mark: Mark, wanted: Callable[[], bool]) -> None:
-        """Zeroes an area for an attempt, unless that is no longer `wanted`. Raises CapacityError if it is too small."""
+        """Has an area count as zeros for an attempt, unless that is no longer `wanted`: what comes first to a place is not
+        added to what is there. Raises CapacityError if it is too small."""
         with self._lock:
             self._wait(number)
             if not wanted():
@@ -94,24 +96,23 @@ class Areas:
             slot = self._slots[number]
         if size and (slot is None or slot.size < size):
             raise CapacityError(f"{self._host} has no memory for {size / 2**20:.0f} MiB of parity")
-        if slot is not None:
-            slot.buffer[:size] = 0
         with self._lock:
             if wanted():
-                self._zeroed[number] = mark
+                self._begun[number], self._zeroed[number] = set(), mark
             self._lock.notify_all()
 
     def ready(self, number: int, mark: Mark) -> bool:
         """Whether an area is zeroed for an attempt; under the lock."""
         return self._zeroed[number] == mark
 
-    def enter(self, number: int) -> Bytes | None:
-        """Somebody begins to fold; under the lock. None if there is nothing to fold into; else `leave` follows."""
+    def enter(self, number: int) -> tuple[Bytes, set[tuple[int, int]]] | None:
+        """Somebody begins to fold; under the lock. The area, and its places that are not zeros any more; None if there is
+        nothing to fold into; else `leave` follows."""
         slot = self._slots[number]
         if slot is None:
             return None
         self._folding[number] += 1
-        return slot.buffer
+        return slot.buffer, self._begun[number]
 
     def leave(self, number: int) -> None:
         """He is done; under the lock."""
@@ -120,12 +121,24 @@ class Areas:
             self._lock.notify_all()
 
     def fold(
-        self, group: tuple[int, int], chunk: int, row: int, place: tuple[int, int], target: Bytes, data: Bytes
+        self,
+        group: tuple[int, int],
+        chunk: int,
+        row: int,
+        place: tuple[int, int],
+        begun: set[tuple[int, int]],
+        target: Bytes,
+        data: Bytes,
     ) -> None:
-        """Adds a piece of a data chunk to parity of (data, parity) chunks. Chunks of a stripe take turns at a place."""
+        """Adds a step of a data chunk to parity of (data, parity) chunks, which `target` has all of that place of. Chunks of
+        a stripe take turns at a place."""
         with self._places[hash(place) % _LOCKS]:
             faults.point("shield folding")
-            code(*group).fold(chunk, data, {row: target})
+            if place in begun:
+                code(*group).fold(chunk, data, {row: target})
+            else:
+                code(*group).begin(chunk, data, {row: target})
+                begun.add(place)
 
     def sums(self, number: int, size: int) -> tuple[int, list[int]]:
         """Of an area that is encoded in full, for `seal`."""

@@ -70,6 +70,20 @@ class Code:
         Parity that begins as zeros is complete when every piece of every data chunk was added once, in any order. A
         piece that is added twice is taken out again.
         """
+        source, targets, factors = self._folded(number, block, parity)
+        for at in range(0, source.size, _CALL):
+            self.arithmetic.add(factors, source, targets, at, min(_CALL, source.size - at))
+
+    def begin(self, number: int, block: Buffer, parity: Mapping[int, Buffer]) -> None:
+        """The same where parity is still to be thought of as zeros, whatever is there: all of it is written."""
+        source, targets, factors = self._folded(number, block, parity)
+        for at in range(0, source.size, _CALL):
+            self.arithmetic.dot(factors, [source], targets, at, min(_CALL, source.size - at))
+        for target in targets:
+            target.array[source.size :] = 0
+
+    def _folded(self, number: int, block: Buffer, parity: Mapping[int, Buffer]) -> tuple[_Memory, list[_Memory], bytes]:
+        """(the piece, parity, its factor for each of that)."""
         rows = sorted(parity)
         if not 0 <= number < self.data or not rows or not 0 <= rows[0] <= rows[-1] < self.parity:
             raise UsageError(f"data chunk {number} into parity {rows} of a code of {self.data} + {self.parity}")
@@ -78,9 +92,7 @@ class Code:
             raise UsageError(f"a piece of {source.size} bytes into parity of {min(t.size for t in targets)}")
         _apart([source], targets)
         column = self._columns[number]
-        factors = column if len(rows) == self.parity else bytes(column[r] for r in rows)
-        for at in range(0, source.size, _CALL):
-            self.arithmetic.add(factors, source, targets, at, min(_CALL, source.size - at))
+        return source, targets, column if len(rows) == self.parity else bytes(column[r] for r in rows)
 
     def decode(self, present: Mapping[int, Buffer], wanted: Mapping[int, Buffer]) -> None:
         """Fills the chunks `wanted` from those `present`, both by number; any `data` of all chunks are enough.

@@ -255,6 +255,11 @@ class Intact:
         self._start, self._end = start[order], end[order]
         self._crc = table.view("<u4")[row[order]]
 
+    @property
+    def blocks(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """(start, end, CRC32C) of all blocks of the pack, as sealed, in order."""
+        return self._start, self._end, self._crc
+
     def check(self, start: int, end: int) -> None:
         """Of the blocks that begin there. Raises IntegrityError."""
         lo, hi = np.searchsorted(self._start, (start, end)).tolist()

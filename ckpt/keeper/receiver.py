@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ckpt.keeper.areas import Areas
 from ckpt.keeper.groups import Group, Placement
 from ckpt.keeper.guard import Fold, Mark, Ward
-from ckpt.keeper.streams import PIECE, Piece
+from ckpt.keeper.streams import STEP, Piece
 
 __all__ = ["Receiver"]
 
@@ -60,31 +60,34 @@ class Receiver:
                     return False
                 self._lock.wait(1.0)
 
-    def fold(self, piece: Piece, data: Bytes) -> bool:
-        """Adds a piece to the parity that is kept here; False if it is of no use any more."""
+    def fold(self, piece: Piece, at: int, data: Bytes) -> bool:
+        """Adds a step of a chunk to the parity that is kept here; False if it is of no use any more."""
         with self._lock:
             number = self._ward.area(piece.mark)
             if number is None or piece.mark < self._ward.fence:
                 return False
-            folded, area = self._ward.areas[number], self._areas.enter(number)
-            if folded is None or area is None:
+            folded, entered = self._ward.areas[number], self._areas.enter(number)
+            if folded is None or entered is None:
                 return False
+        area, begun = entered
         try:
             group = self._group(folded.area.placement)
             [parity] = [p for p in group.shares[self._ward.host].parity if p.stripe == piece.stripe]
-            target = area[parity.offset + piece.at :][: len(data)]
-            place = piece.stripe, piece.at // PIECE
-            self._areas.fold((group.data, group.parity), piece.number, parity.row, place, target, data)
+            target = area[parity.offset + at : parity.offset + min(at + STEP, parity.nbytes)]
+            place = piece.stripe, at // STEP
+            self._areas.fold((group.data, group.parity), piece.number, parity.row, place, begun, target, data)
         finally:
             with self._lock:
                 self._areas.leave(number)
         with self._lock:
             self.moved = time.monotonic()
-            if piece.last:
-                self._ward.folded(piece.mark, piece.stripe, piece.number)
-        if piece.last:
-            self._finished(piece.mark)
         return True
+
+    def folded(self, piece: Piece) -> None:
+        """All of a chunk is in, and is what was sent."""
+        with self._lock:
+            self._ward.folded(piece.mark, piece.stripe, piece.number)
+        self._finished(piece.mark)
 
     def cut_off(self, piece: Piece | None, why: str) -> None:
         """A connection ended within a chunk; `piece` None: or what it brought was changed on its way, so that nobody knows

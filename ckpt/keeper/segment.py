@@ -8,13 +8,15 @@ import numpy.typing as npt
 from ckpt.errors import IntegrityError, NotFoundError
 from ckpt.keeper.groups import Share
 from ckpt.keeper.holding import Held, Intact
-from ckpt.keeper.streams import PIECE, pieces, sum_of
+from ckpt.keeper.streams import PIECE, pieces
+from ckpt.keeper.sums import Blocks, sum_of
 from ckpt.keeper.wire import Layout
 
 __all__ = ["Segment"]
 
 Bytes = npt.NDArray[np.uint8]
 _CHECKED = 16 << 20  # bytes that are checked in one go
+_NONE = np.empty(0, dtype=np.int64)
 
 
 class Segment:
@@ -33,8 +35,19 @@ class Segment:
                 raise NotFoundError(f"{size} bytes of rank {rank} at step {held.step} where {n} are to be")
             self._parts.append((at, n, held.memory[rank].buffer))
         self.nbytes = sum(n for _, n, _ in self._parts)
-        self._sums: dict[int, int] = {}  # where a piece begins -> its CRC32C, taken when it was first sent
-        self._intact = [Intact(held, r) for r in sorted(held.memory) if held.parts[r].report is not None]
+        self._sums: dict[int, int] = {}  # where a piece begins -> its CRC32C, once it was to be sent
+        writers = [w for w in sorted(held.memory) if held.parts[w].report is not None]
+        self._intact = [Intact(held, w) for w in writers]
+        begin = {rank: at for rank, at, _ in layout.of(name)}
+        starts, ends, sums = [_NONE], [_NONE], [_NONE.astype(np.uint32)]
+        for writer, intact in zip(writers, self._intact, strict=True):
+            base, (start, end, crc) = begin[writer % held.world] + held.start(writer), intact.blocks
+            starts.append(base + start)
+            ends.append(base + end)
+            sums.append(crc)
+        order = np.argsort(start_of_all := np.concatenate(starts), kind="stable")
+        end_of_all, crc_of_all = np.concatenate(ends)[order], np.concatenate(sums)[order]
+        self._blocks = Blocks(start_of_all[order], end_of_all, crc_of_all, self.read)
 
     @property
     def share(self) -> Share:
@@ -52,11 +65,13 @@ class Segment:
         return out
 
     def piece(self, start: int, stop: int) -> tuple[list[Bytes], int]:
-        """A piece of a chunk, and its CRC32C as it was when it was first asked for."""
-        parts = self.read(start, stop)
+        """A piece of a chunk, and its CRC32C as the trainers sealed it. Raises IntegrityError."""
         if start not in self._sums:
-            self._sums[start] = sum_of(parts)
-        return parts, self._sums[start]
+            try:
+                self._sums[start] = self._blocks.sum(start, stop)
+            except IntegrityError as e:
+                raise self._damaged(str(e)) from None
+        return self.read(start, stop), self._sums[start]
 
     def check_packs(self) -> None:
         """Whether the packs are what their trainers sealed. Raises IntegrityError."""
@@ -72,7 +87,9 @@ class Segment:
                 if a >= hi:
                     break
                 if a in self._sums and sum_of(self.read(a, b)) != self._sums[a]:
-                    raise IntegrityError(
-                        f"what {self.name} holds of step {self.held.step} is damaged (bytes {a} to {b}, in pieces of "
-                        f"{PIECE}); have the memory of that host tested"
-                    )
+                    raise self._damaged(f"bytes {a} to {b}, in pieces of {PIECE}")
+
+    def _damaged(self, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"what {self.name} holds of step {self.held.step} is damaged ({what}); have the memory of that host tested"
+        )

@@ -2,8 +2,8 @@
 parity of them, folds what others send into its own two parity areas, and reports.
 
     loop        orders come in, reports go out; what takes long is left to threads
-    one thread  reserves areas and zeroes them
-    one thread  checks the packs of a step that is about to be protected: damage must not be encoded
+    one thread  reserves areas, and has them begin anew
+    one thread  checks the packs of a step, where an attempt to protect it has failed: damage must not be encoded
     couriers    one a host that keeps parity of this one; they read the slots
     receivers   one a host whose parity is kept here; they fold into the areas
 
@@ -80,7 +80,7 @@ class Shield:
         self._reading: dict[int, int] = {}  # couriers in a slot
         self._grants: dict[int, tuple[Frame, Callable[[bool], None]]] = {}  # of slots that are still being read
         self._sent: tuple[Mark, Key] | None = None  # what is being sent
-        self._checked: set[Key] = set()
+        self._checks: dict[Key, bool] = {}  # steps that were begun with, and whether their packs are not in doubt
         self._reported: Mark = (0, 0)
         self._couriers: dict[str, Courier] = {}
         self._throttle = Throttle(config.protect_gbps * 1e9)
@@ -236,7 +236,7 @@ class Shield:
         for key in keys:
             self.ward.drop(key)
             del self._segments[key]
-            self._checked.discard(key)
+            self._checks.pop(key, None)
             if self._sent is not None and self._sent[1] == key:
                 self._stop()
         encoded = {a.area.key for a in self.ward.areas if a is not None}
@@ -265,7 +265,8 @@ class Shield:
                 if not self.ward.start(start):
                     return
                 self._stop()
-                self._sent, why, check = (mark, key), "", key not in self._checked
+                check = key in self._checks or not self._group(placement).parity
+                self._sent, why, self._checks[key] = (mark, key), "", not check
                 moved = self.receiver.moved = time.monotonic()
                 self.areas.begin(area)
         if why:
@@ -295,7 +296,11 @@ class Shield:
                 courier.bring(Errand(mark, key, segment.held.slot, chunk.stripe, chunk.number, chunk.start, chunk.stop))
 
     def _check(self, mark: Mark, key: Key, segment: Segment) -> None:
-        """Whether the packs of a step are what was sealed: before that is known, nothing is reported."""
+        """Whether the packs of a step are what was sealed: before that is known, nothing is reported.
+
+        Of a step that an attempt has failed for, since the sums of what is sent are those that its trainers took: who folds
+        it finds what is damaged, and cannot tell where that came about.
+        """
         why = ""
         try:
             segment.check_packs()
@@ -308,7 +313,7 @@ class Shield:
             if self._segments.get(key) is not segment:
                 return  # its slot may be another step's already
             if not why:
-                self._checked.add(key)
+                self._checks[key] = True
         if why:
             self._loop.later(lambda: self.spoil(key, why))
         else:
@@ -339,7 +344,7 @@ class Shield:
                 return
             if not sealed:
                 self.areas.seal(number, sums)
-            if key not in self._checked or self._reported >= mark:
+            if not self._checks.get(key) or self._reported >= mark:
                 return
             self._reported = mark
         self._loop.later(lambda: self._tell(frame("encoded", name=self.name, mark=list(mark))))
@@ -383,7 +388,13 @@ class Shield:
             if self._sent != (errand.mark, errand.key) or segment is None:
                 return None
             self._reading[errand.slot] = self._reading.get(errand.slot, 0) + 1
-        return segment.piece(start, stop)
+        try:
+            return segment.piece(start, stop)
+        except IntegrityError as e:
+            self.returned(errand)
+            why = str(e)
+            self._loop.later(lambda: self.spoil(errand.key, why))
+            return None
 
     def returned(self, errand: Errand) -> None:
         with self._lock:

@@ -33,12 +33,14 @@ from ckpt.keeper.guard import Mark
 from ckpt.keeper.lead import Key
 from ckpt.keeper.protocol import frame, greet, receive, send
 
-__all__ = ["PIECE", "Courier", "Errand", "Piece", "Throttle", "pieces", "receive_pieces", "send_all", "sum_of"]
+__all__ = ["PIECE", "STEP", "Courier", "Errand", "Piece", "Throttle", "pieces", "receive_pieces", "send_all"]
 
 log = logging.getLogger("ckpt.keeper")
 Bytes = npt.NDArray[np.uint8]
 PIECE = 1 << 20
 """Bytes of a piece; the last one of a chunk may be shorter."""
+STEP = 1 << 19
+"""Bytes of a piece that are read, summed and folded in one go: they stay in a core's cache meanwhile."""
 
 _HEADER = struct.Struct("<4sQQIIQQII")
 _CHECK = struct.Struct("<I")
@@ -95,8 +97,11 @@ class Receiver(Protocol):
     def admit(self, piece: Piece) -> bool:
         """The first piece of a chunk is there: whether to fold this chunk. Waits for an order that is on its way."""
 
-    def fold(self, piece: Piece, data: Bytes) -> bool:
-        """One piece; False if it is not wanted any more."""
+    def fold(self, piece: Piece, at: int, data: Bytes) -> bool:
+        """Bytes `at` and on of a chunk, at most STEP, not checked yet; False if they are not wanted any more."""
+
+    def folded(self, piece: Piece) -> None:
+        """The last piece of a chunk is in, and all of them are what was sent."""
 
     def cut_off(self, piece: Piece | None, why: str) -> None:
         """A connection ended within the chunk of `piece`; None: what came was changed on its way, whatever it was."""
@@ -106,14 +111,6 @@ def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of the pieces of a chunk."""
     for at in range(start, stop, PIECE):
         yield at, min(at + PIECE, stop)
-
-
-def sum_of(parts: Sequence[Bytes]) -> int:
-    """CRC32C of several buffers as if they were one."""
-    crc = 0
-    for part in parts:
-        crc = crc32c(part, crc)
-    return crc
 
 
 class Throttle:
@@ -244,8 +241,11 @@ def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview | Bytes])
 
 
 def receive_pieces(sock: socket.socket, receiver: Receiver) -> None:
-    """Has a receiver fold what comes over an authenticated connection, until that ends; in a thread of its own."""
-    buffer = np.empty(PIECE, dtype=np.uint8)
+    """Has a receiver fold what comes over an authenticated connection, until that ends; in a thread of its own.
+
+    What does not check is in parity already: the receiver hears of it (`cut_off`), and begins anew from zero.
+    """
+    buffer = np.empty(STEP, dtype=np.uint8)
     within: Piece | None = None  # the last piece of a chunk that has not come in full
     wanted, why = False, "the connection ended"
     with sock:
@@ -257,14 +257,21 @@ def receive_pieces(sock: socket.socket, receiver: Receiver) -> None:
                 if piece.at == 0:
                     wanted = receiver.admit(piece)
                 within = piece
-                data = buffer[: piece.nbytes]
-                if not _fill(sock, memoryview(data)):
+                crc = end = 0
+                for at in range(0, piece.nbytes, STEP):
+                    data = buffer[: min(STEP, piece.nbytes - at)]
+                    if not _fill(sock, memoryview(data)):
+                        break
+                    crc, end = crc32c(data, crc), at + len(data)
+                    wanted = wanted and receiver.fold(piece, piece.at + at, data)
+                if end < piece.nbytes:
                     break
-                if crc32c(data) != piece.crc:
+                if crc != piece.crc:
                     raise IntegrityError(f"chunk {piece.number} of stripe {piece.stripe} was changed on its way")
-                wanted = wanted and receiver.fold(piece, data)
                 if piece.last:
                     within = None
+                    if wanted:
+                        receiver.folded(piece)
         except CkptError as e:
             receiver.cut_off(None, str(e))
             return

@@ -102,7 +102,7 @@ def borne(placement: Placement, there: set[str]) -> bool:
     return all(len(g.names - there) <= g.parity for g in placement.groups)
 
 
-@pytest.mark.parametrize("point", ["started#3", "sending#9", "folding#9", "encoded#3"])
+@pytest.mark.parametrize("point", ["started#3", "sending#9", "folding#18", "encoded#3"])
 def test_a_host_dies_while_a_step_is_encoded(made: Made, point: str) -> None:
     """What was announced is there in full on those that are left, and stays until their next life has announced a step."""
     fleet = made(hosts(4), ErasureCode(3, 1), own={"h2": {"CKPT_FAULT": f"kill@shield {point}"}})
@@ -205,7 +205,7 @@ def test_a_bit_that_flips_on_the_way(made: Made) -> None:
 
 def test_a_keeper_that_is_stopped_for_a_while(made: Made) -> None:
     """Protection waits for it, says so, and goes on when it is back."""
-    own = {"h1": {"CKPT_FAULT": "stop@shield folding#9"}}
+    own = {"h1": {"CKPT_FAULT": "stop@shield folding#18"}}
     fleet = begun(made(hosts(3), Replicas(2), env={"CKPT_PROTECT_PATIENCE": "1"}, own=own))
     until(lambda: fleet.trainers["h0"].said("lagging"), "it is said")
     now = max(fleet.trainers["h0"].announced())

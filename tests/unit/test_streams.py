@@ -16,7 +16,8 @@ from ckpt.format.codec import crc32c
 from ckpt.keeper import streams
 from ckpt.keeper.loop import Loop, Peer
 from ckpt.keeper.protocol import Frame
-from ckpt.keeper.streams import Courier, Errand, Piece, Throttle, pieces, receive_pieces, send_all, sum_of
+from ckpt.keeper.streams import STEP, Courier, Errand, Piece, Throttle, pieces, receive_pieces, send_all
+from ckpt.keeper.sums import sum_of
 
 Bytes = npt.NDArray[np.uint8]
 WAIT = 20.0
@@ -29,6 +30,7 @@ class Ear:
     def __init__(self, wanted: bool = True) -> None:
         self.wanted = wanted
         self.chunks: dict[tuple[int, int], bytearray] = {}
+        self.done: list[tuple[int, int]] = []
         self.last = threading.Event()
         self.ends: list[tuple[Piece | None, str]] = []
 
@@ -37,12 +39,16 @@ class Ear:
             self.chunks[piece.stripe, piece.number] = bytearray()
         return self.wanted
 
-    def fold(self, piece: Piece, data: Bytes) -> bool:
-        assert len(self.chunks[piece.stripe, piece.number]) == piece.at
+    def fold(self, piece: Piece, at: int, data: Bytes) -> bool:
+        assert len(self.chunks[piece.stripe, piece.number]) == at and 0 < len(data) <= STEP
         self.chunks[piece.stripe, piece.number] += data.tobytes()
-        if piece.last and piece.stripe:
-            self.last.set()
         return True
+
+    def folded(self, piece: Piece) -> None:
+        assert piece.last and len(self.chunks[piece.stripe, piece.number]) == piece.total
+        self.done.append((piece.stripe, piece.number))
+        if piece.stripe:
+            self.last.set()
 
     def cut_off(self, piece: Piece | None, why: str) -> None:
         self.ends.append((piece, why))
@@ -76,7 +82,7 @@ LONG = random.Random(0).randbytes((2 << 20) + 4321)
 def test_chunks_arrive_as_they_were() -> None:
     ear = received(Ear(), b"".join(packed(LONG) + packed(b"x", 5, 0) + packed(LONG[: 1 << 20], 6, 1)))
     assert {k: bytes(v) for k, v in ear.chunks.items()} == {(1, 2): LONG, (5, 0): b"x", (6, 1): LONG[: 1 << 20]}
-    assert ear.ends == []
+    assert ear.ends == [] and ear.done == [(1, 2), (5, 0), (6, 1)]
 
 
 def test_what_nobody_wants_is_read_and_dropped() -> None:
@@ -86,11 +92,11 @@ def test_what_nobody_wants_is_read_and_dropped() -> None:
 
 @pytest.mark.parametrize("where", [0, 5, 13, 21, 25, 29, 37, 45, 49, 53, 60, 5000])
 def test_a_bit_that_flips_is_noticed(where: int) -> None:
-    """In any field of the head, and in the bytes: of which attempt they are is not believed either."""
+    """In any field of the head, and in the bytes: of which attempt they are is not believed either, and no chunk is done."""
     data = bytearray(b"".join(packed(LONG)))
     data[where] ^= 8
     ear = received(Ear(), bytes(data))
-    assert all(bytes(v) == b"" for v in ear.chunks.values())
+    assert ear.done == [] and all(where > 56 or bytes(v) == b"" for v in ear.chunks.values())
     [(piece, why)] = ear.ends
     assert piece is None and "changed on its way" in why
 
