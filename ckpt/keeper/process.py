@@ -31,6 +31,7 @@ from ckpt.keeper.averaging import Averaging
 from ckpt.keeper.holding import write_packs
 from ckpt.keeper.loop import Loop, Peer, alive
 from ckpt.keeper.protocol import Frame, frame
+from ckpt.keeper.rescue import Rescue
 from ckpt.keeper.seat import Life, Seat
 from ckpt.keeper.service import Service
 from ckpt.keeper.shield import Shield
@@ -63,6 +64,7 @@ class Keeper:
         self._service = Service(self.loop, self.vault, self.shield, self.uplink.tell)
         self.averaging = Averaging(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
         self.tier = Tier(self.loop, config, self._work, self._tell_trainers)
+        self._rescue = Rescue(self.host, config, self.loop, self.uplink, self.vault.held, lambda: self.life, self._work)
         self._tcp: socket.socket | None = None
         self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
         self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
@@ -85,7 +87,11 @@ class Keeper:
             fence_others(generation, near, loop.secret, loop.later, then)
 
         held, patience = self.vault.held, config.protect_patience
-        made.append(Seat(order, self._work, loop.after, others, held, config.direct, patience))
+        made.append(
+            Seat(
+                order, self._work, loop.after, others, lambda held: self._rescue.of(held), held, config.direct, patience
+            )
+        )
         return made[0]
 
     def run(self) -> None:
@@ -309,6 +315,7 @@ class Keeper:
         if peer is self.uplink.peer:
             log.error("lost the keeper of %s, which leads; no snapshots until it is back", self.uplink.lead_host)
             self.uplink.lost()
+            self._rescue.look()
         elif peer.role == "host":
             self.seat.host_gone(peer.host)
         elif peer.role == "trainer":
@@ -329,6 +336,7 @@ class Keeper:
         self.loop.after(self.grace, lambda: None)
         faults.point("keeper orphaned")
         self.uplink.tell(frame("rescue", deserted=True))
+        self._rescue.look()
 
     def _terminate(self) -> None:
         """SIGTERM: whatever else happens, the newest complete step is to reach storage."""

@@ -83,12 +83,14 @@ class Seat:
     work    runs a function in the storage thread; the second is called with its result, or its error, in the loop
     after   calls a function in the loop, some seconds from now
     others  has the keepers of these hosts fenced for a generation; their answers go to a function, in the loop
+    rescue  what writes a step all by itself, in the storage thread, where hosts are gone that have parts of it; else None
     """
 
     order: Callable[[Frame, Collection[str] | None], None]
     work: Callable[[Callable[[], Any], Callable[[Any], None]], None]
     after: Callable[[float, Callable[[], None]], None]
     others: Callable[[int, Near, Callable[[list[Frame]], None]], None]
+    rescue: Callable[[Held], Callable[[], Any] | None]
     held: Mapping[Key, Held]
     direct: bool = True
     patience: float = 30.0
@@ -279,12 +281,18 @@ class Seat:
         life = self.life
         assert life is not None
         held = self.held[d.key]
-        local = bool(life.local) and not self._full
+        rescue = self.rescue(held)
+        local = bool(life.local) and not self._full and rescue is None
         backend, due = life.backend(self.direct, local), d.due or d.key == self._wanted
         save = _Save(held, life, self.clock(), {held.hosts[r] for r in held.parts}, backend, local, due)
         self._save = save
         faults.point("keeper persist")
         self.order(frame("storing", step=held.step), None)
+        if rescue is not None:
+            save.waiting.clear()
+            save.written = save.began
+            self.work(rescue, lambda done: self._ended(save, done if isinstance(done, Exception) else None, done))
+            return
 
         def claim() -> tuple[str, str]:
             if save.local and save.due:
