@@ -113,16 +113,16 @@ class Keeper:
         """Runs a function in the storage thread; the loop hears its result, or its error."""
         self._busy += 1
 
+        def done(result: Any) -> None:
+            self._busy -= 1
+            then(result)
+
         def work() -> None:
             try:
                 result = function()
             except Exception as e:
                 result = e
             self.loop.later(lambda: done(result))
-
-        def done(result: Any) -> None:
-            self._busy -= 1
-            then(result)
 
         self._storage.submit(work)
 
@@ -293,18 +293,15 @@ class Keeper:
     def _on_look(self, peer: Peer, message: Frame) -> Frame:
         """What this keeper holds, for people."""
         trainers = [{"rank": p.rank, "pid": p.pid} for p in self.loop.peers if p.rank >= 0]
+        address = "{}:{}".format(*self._tcp.getsockname()) if self._tcp is not None else ""
         return frame(
             "answer", host=self.host, pid=os.getpid(), run=self.life.run if self.life else "", lead=self.uplink.lead_host,
-            trainers=trainers, address=self._address(), **self._service.look(),
+            trainers=trainers, address=address, **self._service.look(),
             lost=self.seat.watch.lost() if self.seat.watch else [],
         )  # fmt: skip
 
-    def _address(self) -> str:
-        return "{}:{}".format(*self._tcp.getsockname()) if self._tcp is not None else ""
-
     def _fence(self, peer: Peer) -> None:
-        """Cuts off a trainer that was replaced. If it still exists it may go on writing into a slot that was granted to
-        it: that memory is not used again."""
+        """Cuts off a trainer that was replaced. What it may still write into, if it exists, is not used again."""
         self.vault.take_away(peer.rank, sorted(self._granted))
         self.loop.hang_up(peer)
         if peer.living:
@@ -341,8 +338,7 @@ class Keeper:
     def _terminate(self) -> None:
         """SIGTERM: whatever else happens, the newest complete step is to reach storage."""
         self.uplink.tell(frame("rescue", deserted=False))
-        if not any(p.living for p in self.loop.peers):
-            self._ending = True
+        self._ending |= not any(p.living for p in self.loop.peers)
 
     # Orders.
 
@@ -403,11 +399,10 @@ class Keeper:
     def _grant(self, order: Frame, free: bool) -> None:
         """A slot may be written to, or is still being read."""
         if free:
-            self._tell_trainers(order)
-            return
-        for peer in [p for p in self.loop.peers if p.living]:
+            return self._tell_trainers(order)
+        for rank in [p.rank for p in self.loop.peers if p.living]:
             why = f"the keeper of {self.host} still reads its slot"
-            self.uplink.tell(frame("missed", rank=peer.rank, step=order["step"], why=why))
+            self.uplink.tell(frame("missed", rank=rank, step=order["step"], why=why))
 
     def _tell_trainers(self, message: Frame) -> None:
         for peer in [p for p in self.loop.peers if p.living]:
@@ -429,9 +424,9 @@ class Keeper:
                     self.shield.spoil(key, str(found))
                 self.uplink.tell(frame("wrote", error=to_wire(found), **told))
                 return
-            reports = {rank: encode_report(report) for rank, report in found.items()}
-            ranks = [[rank, len(text)] for rank, text in reports.items()]
-            self.uplink.tell(frame("wrote", b"".join(reports.values()), ranks=ranks, **told))
+            texts = [(rank, encode_report(report)) for rank, report in found.items()]
+            ranks = [[rank, len(text)] for rank, text in texts]
+            self.uplink.tell(frame("wrote", b"".join(text for _, text in texts), ranks=ranks, **told))
 
         self._work(write, wrote)
 
