@@ -147,7 +147,11 @@ class Member:
         }
         extents = {int(writer): (int(size), int(start)) for writer, size, start in answer["packs"]}
         writers = [int(writer) for writer in answer.head.get("here", ())]
-        here: dict[int, Pack] = {w: LocalPack(fd, *extents[w]) for w, fd in zip(writers, answer.fds, strict=True)}
+        mapped = {os.fstat(slot.fd).st_ino: slot.buffer for slot in self.slots.values()}
+        here: dict[int, Pack] = {
+            w: LocalPack(fd, *extents[w], mapped.get(os.fstat(fd).st_ino))
+            for w, fd in zip(writers, answer.fds, strict=True)
+        }
         secret = bytes.fromhex(self._peers["secret"])
         packs, stripes = packs_of(step, extents, here, self._reach, self._host, secret)
         found = {_pack_path(folder, writer): pack for writer, pack in packs.items()}

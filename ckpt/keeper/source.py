@@ -10,6 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from ckpt.backends.base import Buffer, Entry, Upload
 from ckpt.errors import DeadlineError, IntegrityError, NotFoundError, PeerError, UsageError, from_wire
 from ckpt.keeper.protocol import Frame, frame, greet, receive, receive_into, send
@@ -43,13 +46,21 @@ class Pack(Protocol):
 
 @dataclass(frozen=True)
 class LocalPack:
-    """In sealed memory of this host, from byte `start` on."""
+    """In sealed memory of this host, from byte `start` on; `mapped` is all of it, where this process has that mapped and
+    touched: a copy from there takes half the time of a read."""
 
     fd: int
     size: int
     start: int = 0
+    mapped: npt.NDArray[np.uint8] | None = None
 
     def read(self, offset: int, into: Sequence[Buffer]) -> None:
+        at, end = self.start + offset, self.start + offset + sum(len(b) for b in into)
+        if self.mapped is not None and end <= len(self.mapped):
+            for buffer in into:
+                np.copyto(np.frombuffer(buffer, dtype=np.uint8), self.mapped[at : at + len(buffer)])
+                at += len(buffer)
+            return
         if os.preadv(self.fd, into, self.start + offset) != sum(len(b) for b in into):
             raise IntegrityError(f"memory of this host: ends before byte {offset + sum(len(b) for b in into)}")
 
