@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ckpt.averaging import Averages
@@ -45,7 +47,7 @@ class Prepared:
     work: Work
     key: str
     sources: list[Source]
-    lazy: list[bool]
+    lazy: npt.NDArray[np.bool_]
     hashed: list[tuple[str, Held, bool]]
     index: dict[str, list[int]]
     optimizers: Sequence[torch.optim.Optimizer]
@@ -126,7 +128,7 @@ class Preparing:
             work=work,
             key=self._averages.key(work.key),
             sources=[source_of(view, box) for view, (_, _, box) in zip(views, work.places, strict=True)],
-            lazy=[view.untyped_storage().data_ptr() in owned for view in views],
+            lazy=np.array([view.untyped_storage().data_ptr() in owned for view in views], dtype=np.bool_),
             hashed=hashed,
             index=index,
             optimizers=optimizers,

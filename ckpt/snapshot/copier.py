@@ -44,7 +44,7 @@ class Snapshot:
         self,
         layout: PackLayout,
         sources: Sequence[Source],
-        lazy: Sequence[bool],
+        lazy: Sequence[bool] | npt.NDArray[np.bool_],
         buffer: Bytes,
         *,
         checked: bool = False,
@@ -55,7 +55,7 @@ class Snapshot:
         self._table = np.zeros(layout.n_blocks, dtype="<u4")
         self._sources, self._and_then = sources, and_then
         self._given_up = False
-        waits = np.array(lazy, dtype=bool)[layout.order]
+        waits = np.asarray(lazy, dtype=np.bool_)[layout.order]
         self._later: list[int] = np.flatnonzero(waits).tolist()
         self._samples: list[tuple[int, int]] = []
         if checked:
