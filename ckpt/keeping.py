@@ -82,7 +82,9 @@ class Keeping:
     Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains this run.
     """
 
-    def __init__(self, run: str, group: Group, schedule: Schedule, heard: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self, run: str, group: Group, schedule: Schedule, heard: Callable[[Outcome], None], tail: int = -1
+    ) -> None:
         self._run, self._group, self._schedule, self._told = run, group, schedule, heard
         self.averages = Averages(schedule.averages, group.rank, group.world)
         self._plans = Preparing(group.rank, group.world, self.averages)
@@ -99,7 +101,7 @@ class Keeping:
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
         self._storing = Storing()
-        self.member = Member(run, group.rank, self._heard, self._lost)
+        self.member = Member(run, group.rank, self._heard, self._lost, tail)
 
     # The keeper: found, lost, found again.
 

@@ -67,7 +67,7 @@ class Kept:
         keeping: Keeping | None = None
         failure: bytes | Exception = b""
         try:
-            keeping = Keeping(backend.root, group, schedule, self._heard)
+            keeping = Keeping(backend.root, group, schedule, self._heard, account.events.outlive())
         except Exception as e:
             failure = e
         try:

@@ -132,6 +132,8 @@ class Account:
         loop: dict[str, Any] = {"steps": self._steps, "loop": now - self._since, "fence": waited - self._fenced}
         self._steps, self._since, self._fenced = 0, now, waited
         self.events.add(Event(kind, self.rank, step, self.generation, time.time(), self._host, **loop, **more))
+        if self.events.due:
+            self.tidy()
 
     def skipped(self, step: int, why: str) -> None:
         self.report.skipped += 1
@@ -205,3 +207,4 @@ class Account:
         self.tidy(last=True)
         if not self.tidied(settings().deadline):
             log.error("ckpt: the run is still being tidied after %.0f s; that goes on", settings().deadline)
+        self.events.close()

@@ -36,12 +36,20 @@ class Member:
     """`slots`: this rank's memory, by number, which outlives keepers as they outlive trainers. When this trainer came
     the keeper held memory under numbers below `used`.
 
-    Attached on construction. Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains
+    `tail`: the descriptor of this rank's last events, or -1; see `ckpt.events`. Attached on construction. Raises PeerError if there is no keeper to be had, ConflictError if somebody else trains
     this run. `heard` and `ended` are called in a thread of the link's.
     """
 
-    def __init__(self, run: str, rank: int, heard: Callable[[Frame], None], ended: Callable[[CkptError], None]) -> None:
+    def __init__(
+        self,
+        run: str,
+        rank: int,
+        heard: Callable[[Frame], None],
+        ended: Callable[[CkptError], None],
+        tail: int = -1,
+    ) -> None:
         config = settings()
+        self._tail = [tail] if tail >= 0 else []
         self._name = keeper_name(run, config.job, config.host)
         self._rank, self._heard, self._ended, self.deadline = rank, heard, ended, config.deadline
         self.slots: dict[int, Slot] = {}
@@ -64,7 +72,7 @@ class Member:
         self.link = Link(self._name, self._heard, self._ended)
         slots = sorted(self.slots.items())
         answer = self.link.ask(
-            "attach", fds=[s.fd for _, s in slots], timeout=self.deadline, rank=self._rank,
+            "attach", fds=[*(s.fd for _, s in slots), *self._tail], timeout=self.deadline, rank=self._rank,
             bring=[n for n, _ in slots],
         )  # fmt: skip
         self.link.in_use = True

@@ -7,7 +7,8 @@ writes their packs to storage, and outlives the trainers.
                may begin until the grace time is over, then it ends
     CLOSING    every trainer said `close`: ends when nothing is being written
 
-Started by a trainer through `ckpt.keeper.link`, in a session of its own. What happens on this host is told to the seat
+Started by a trainer through `ckpt.keeper.link`, in a session of its own; where no process can be started, it is a thread of
+that trainer. What happens on this host is told to the seat
 of the lead, which is here or at the keeper of another host; what that orders is done here.
 """
 
@@ -17,18 +18,17 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from ckpt import faults
+from ckpt.backends import Backend
 from ckpt.config import Every, Settings
-from ckpt.errors import CkptError, ConflictError, IntegrityError, to_wire
+from ckpt.errors import CkptError, ConflictError
 from ckpt.format.codec import parse_codecs
 from ckpt.keeper.averaging import Averaging
-from ckpt.keeper.holding import write_packs
 from ckpt.keeper.loop import Loop, Peer, alive
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.keeper.rescue import Rescue
@@ -40,7 +40,7 @@ from ckpt.keeper.uplink import Uplink
 from ckpt.keeper.vault import Vault
 from ckpt.keeper.watch import Near, Protected, fence_others
 from ckpt.keeper.wire import decode_redundancy
-from ckpt.write import Ring, encode_report
+from ckpt.keeper.writing import Writing
 
 __all__ = ["Keeper"]
 
@@ -56,22 +56,20 @@ class Keeper:
         self.loop = Loop(self._hear, self._gone)
         self.loop.listen(listener)
         self.vault = Vault()
-        self.seat = self._new_seat()
         self.life: Life | None = None
         self.host = config.host or socket.gethostname()
         self.uplink = Uplink(self.loop, self.host, lambda event: self.seat.hear(event))
         self.shield = Shield(self.host, config, self.loop, self.uplink.tell, self.uplink.addresses)
         self._service = Service(self.loop, self.vault, self.shield, self.uplink.tell)
         self.averaging = Averaging(self.loop.later, self.vault.memory, self.vault.plan_of, self.uplink.tell)
-        self.tier = Tier(self.loop, config, self._work, self._tell_trainers)
-        self._rescue = Rescue(self.host, config, self.loop, self.uplink, self.vault.held, lambda: self.life, self._work)
+        self._writing = Writing(self.host, config, self.loop.later, self.uplink.tell)
+        work = self._writing.work
+        self.tier = Tier(self.loop, config, work, self._tell_trainers)
+        self._rescue = Rescue(self.host, config, self.loop, self.uplink, self.vault.held, lambda: self.life, work)
+        self.seat = self._new_seat()
         self._tcp: socket.socket | None = None
-        self._storage = ThreadPoolExecutor(1, "ckpt-keeper")
-        self._storage.submit(lambda: None).result()  # its thread is there before memory may be short
-        self._ring: Ring | None = None
         self._untold: deque[str] = deque(maxlen=8)  # what failed while no trainer was there to hear it
         self._granted: set[int] = set()  # slots that trainers may be writing to
-        self._busy = 0
         self._ending = False
         self._until: float | None = self.clock() + max(grace, _START)  # whoever started it is on his way
         self.loop.after(max(grace, _START), lambda: None)
@@ -87,44 +85,24 @@ class Keeper:
             fence_others(generation, near, loop.secret, loop.later, then)
 
         held, patience = self.vault.held, config.protect_patience
-        made.append(
-            Seat(
-                order, self._work, loop.after, others, lambda held: self._rescue.of(held), held, config.direct, patience
-            )
-        )
+        made.append(Seat(order, self._writing.work, loop.after, others, self._rescue.of, held, config.direct, patience))
         return made[0]
 
     def run(self) -> None:
         """Until the life cycle is over."""
-        signal.signal(signal.SIGTERM, lambda *_: self.loop.later(self._terminate))
+        if threading.current_thread() is threading.main_thread():  # and not a guest in a trainer
+            signal.signal(signal.SIGTERM, lambda *_: self.loop.later(self._terminate))
         self.loop.run(self._over)
         self.uplink.close()
         self.shield.close()
         self.tier.close()
-        self._storage.shutdown()
+        self._writing.close()
 
     def _over(self) -> bool:
-        if self._busy or self.seat.busy or self.averaging.busy:
+        if self._writing.busy or self.seat.busy or self.averaging.busy:
             return False
         over = self._ending or (self._until is not None and self.clock() >= self._until)
         return over and not self.tier.holds()
-
-    def _work(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Runs a function in the storage thread; the loop hears its result, or its error."""
-        self._busy += 1
-
-        def done(result: Any) -> None:
-            self._busy -= 1
-            then(result)
-
-        def work() -> None:
-            try:
-                result = function()
-            except Exception as e:
-                result = e
-            self.loop.later(lambda: done(result))
-
-        self._storage.submit(work)
 
     # What others say.
 
@@ -175,7 +153,9 @@ class Keeper:
             self._fence(other)
         peer.rank = rank
         self._until, self._ending = None, False
-        self.vault.put(rank, message["bring"], message.fds, replace=False)  # if this keeper is new: its predecessor's
+        brought = len(message["bring"])  # if this keeper is new: its predecessor's
+        self.vault.put(rank, message["bring"], message.fds[:brought], replace=False)
+        self._writing.listen(rank, message.fds[brought:])
         faults.point("keeper attached")
         own, untold = self.vault.of(rank), list(self._untold)
         self._untold.clear()
@@ -304,6 +284,7 @@ class Keeper:
         """Cuts off a trainer that was replaced. What it may still write into, if it exists, is not used again."""
         self.vault.take_away(peer.rank, sorted(self._granted))
         self.loop.hang_up(peer)
+        self._writing.bury(peer.rank, self.life)
         if peer.living:
             self.uplink.tell(frame("left", rank=peer.rank, why="its trainer was replaced"))
 
@@ -320,6 +301,7 @@ class Keeper:
                 left = frame("left", rank=peer.rank, why="its trainer is gone")
                 self.averaging.settled(peer.rank, lambda: self.uplink.tell(left))
             if peer.rank >= 0:
+                self._writing.bury(peer.rank, self.life)
                 self.averaging.settled(-1, lambda: self._deserted(peer.closed))
 
     def _deserted(self, closed: bool) -> None:
@@ -387,8 +369,10 @@ class Keeper:
                 self._granted.add(int(order["slot"]))
                 self.shield.granted(order, lambda free: self._grant(order, free))
                 return
-            if kind == "stored" and "error" in order.head and not any(p.living for p in self.loop.peers):
-                self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
+            if kind == "stored" and self.life is not None and not any(p.living for p in self.loop.peers):
+                self._writing.stored(order, self.life)
+                if "error" in order.head:
+                    self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
             if kind == "stored":
                 self.tier.obey(order)
                 order = frame(kind, **order.head)
@@ -409,30 +393,14 @@ class Keeper:
             self.loop.tell(peer, message)
 
     def _write(self, key: tuple[int, int], attempt: str, local: bool) -> None:
-        """Writes the packs of this host in the storage thread."""
+        """Writes the packs of this host."""
         held, life = self.vault.held[key], self.life
         assert life is not None
 
-        def write() -> Any:
-            backend = self.tier.backend(held, attempt) if local else life.backend(self.config.direct)
-            return write_packs(backend, held, attempt, life.codecs, self.config, self._ring_made)
+        def backend() -> Backend:
+            return self.tier.backend(held, attempt) if local else life.backend(self.config.direct)
 
-        def wrote(found: Any) -> None:
-            told: dict[str, Any] = {"key": list(key), "attempt": attempt, "host": self.host}
-            if isinstance(found, Exception):
-                if isinstance(found, IntegrityError):
-                    self.shield.spoil(key, str(found))
-                self.uplink.tell(frame("wrote", error=to_wire(found), **told))
-                return
-            texts = [(rank, encode_report(report)) for rank, report in found.items()]
-            ranks = [[rank, len(text)] for rank, text in texts]
-            self.uplink.tell(frame("wrote", b"".join(text for _, text in texts), ranks=ranks, **told))
-
-        self._work(write, wrote)
-
-    def _ring_made(self) -> Ring:
-        self._ring = self._ring or Ring(self.config)
-        return self._ring
+        self._writing.packs(key, held, life.codecs, attempt, backend, lambda why: self.shield.spoil(key, why))
 
     # Other hosts.
 

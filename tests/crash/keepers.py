@@ -16,6 +16,7 @@ import resource
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -298,6 +299,16 @@ class Job:
     def announced(self) -> int:
         """The newest step that is protected, -1 if none."""
         return max((e.step for e in self.events if e.kind == "protect"), default=-1)
+
+    def no_process(self) -> None:
+        """From now on no process can be started here."""
+        sys.executable = "/nowhere/python"
+
+    def write_events(self) -> None:
+        """Those until now go to the run."""
+        assert self.cp is not None
+        account = self.cp._account
+        account.events.write(account.backend, account.generation)
 
     def heard(self) -> list[str]:
         """What ckpt logged."""

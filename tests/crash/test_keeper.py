@@ -34,6 +34,8 @@ from keepers import (
 )
 from kills import check_listing, small_disk
 
+from ckpt.backends import LocalBackend
+from ckpt.events import Event, read_events
 from ckpt.keeper.view import keepers_here
 
 NEVER = 1000
@@ -68,6 +70,35 @@ def _trainer_killed(folder: str, point: str, nth: int) -> None:
         assert len(keepers.slots_of(keepers.keeper(run))) == slots, "the keeper holds more after each death"
         t.kill()
         goes_on(run, seen(run, "sealed"), seen(run, "at"))
+
+
+def _last_events(folder: str, written: bool) -> None:
+    with scene(folder) as run:
+        t = Trainer(run, storage=NEVER)
+        t("seal", 2)
+        if written:
+            t("write_events")
+        t("seal", 3)
+        sealed = seen(run, "sealed")
+        assert sum(e.outcome == "sealed" for e in events_of(run)) == 2 * written, "the others are in no storage yet"
+        t.kill()
+        until(lambda: any(e.kind == "save" for e in events_of(run)), "the keeper tells what it stored")
+        found = events_of(run)
+        steps = [e.step for e in found if e.outcome == "sealed"]
+        assert len(steps) == len(set(steps)) == 5 and steps[-1] == sealed, "each snapshot once"
+        assert all(e.stall > 0 and e.bytes > 0 for e in found if e.outcome == "sealed")
+        assert [(e.step, e.rank) for e in found if (e.kind, e.outcome) == ("save", "committed")] == [(sealed, 0)]
+        goes_on(run, sealed, sealed)
+
+
+def events_of(run: str) -> list[Event]:
+    return sorted(read_events(LocalBackend(run)), key=lambda e: e.time)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_last_events_of_a_trainer_outlive_it(fresh: Fresh, tmp_path: Path, written: bool) -> None:
+    """Nothing of them was written, or what was before; the keeper adds what it stored when nobody was there."""
+    fresh(_last_events, str(tmp_path), written)
 
 
 @pytest.mark.parametrize("nth", [1, 3])

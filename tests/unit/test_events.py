@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from ckpt.backends import MemoryBackend
 from ckpt.errors import StorageError
-from ckpt.events import Event, Events, read_events
+from ckpt.events import Event, Events, last_rows, read_events
 
 seconds = st.integers(0, 10**9).map(lambda micros: micros / 2**20)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -179,3 +181,60 @@ def test_any_row(row: dict[str, Any]) -> None:
     for event in read_events(run):
         assert all(isinstance(getattr(event, k), type(getattr(EVENT, k))) for k in ROW)
     run.delete("events/g0003-r00001-0.jsonl")
+
+
+def rows_in(run: MemoryBackend, name: str, rows: bytes) -> list[Event]:
+    """What would be read if the object were written."""
+    run.create(name, rows)
+    found = list(read_events(run))
+    run.delete(name)
+    return found
+
+
+def test_what_waits_can_be_read_by_who_outlives_this_process(run: MemoryBackend) -> None:
+    log = Events("r00001")
+    fd = log.outlive()
+    assert last_rows(fd) == ("", b"")
+    told = [Event("skip", 1, step, 3, 1.0, why="busy") for step in range(4)]
+    for event in told[:3]:
+        log.add(event)
+    name, rows = last_rows(fd)
+    assert rows_in(run, name, rows) == told[:3]
+    log.write(run, 3)
+    assert [f"events/{e.name}" for e in run.list("events")] == [name], "who comes second finds it written"
+    assert last_rows(fd) == ("", b"")
+    log.add(told[3])
+    assert rows_in(MemoryBackend("events-later"), *last_rows(fd)) == told[3:]
+    log.close()
+
+
+def test_of_too_many_the_newest_outlive_it(run: MemoryBackend) -> None:
+    log = Events("r00001")
+    fd = log.outlive()
+    for step in range(9000):
+        log.add(Event("skip", 1, step, 3, 1.0, why="x" * 100))
+        if not step % 1000:
+            assert rows_in(run, *last_rows(fd))[-1].step == step
+    found = [e.step for e in rows_in(run, *last_rows(fd))]
+    assert found == list(range(found[0], 9000)) and len(found) > 500
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["events/../commit.json", "gen-0001.json", "events/g0001-a/b.jsonl", "events/g1-x.jsonl", ""]
+)
+def test_nothing_is_written_under_another_kind_of_name(name: str) -> None:
+    with tempfile.TemporaryFile() as f:
+        f.write((4).to_bytes(8, "little") + name.encode().ljust(248, b"\0") + b"row\n")
+        f.flush()
+        assert last_rows(f.fileno()) == ("", b"")
+
+
+def test_a_row_that_was_cut_short_is_not_there(run: MemoryBackend) -> None:
+    log = Events("r00001")
+    fd = log.outlive()
+    log.add(EVENT)
+    name, rows = last_rows(fd)
+    os.pwrite(fd, b'{"kind":"save","ra', 256 + len(rows))
+    assert last_rows(fd) == (name, rows) and rows_in(run, name, rows) == [EVENT]
+    log.close()
