@@ -157,8 +157,9 @@ class Checkpointer:
     twice that, thrice if `storage` is given too, and with `redundancy` once more; the keeper takes for parity twice as much
     as this rank writes times parity / data.
 
-    Raises ConflictError if another job trains this run on this host. Where no keeper can be had, `memory` is given up
-    for the whole job, and said so.
+    Raises ConflictError if another job trains this run on this host. Where no process can be started, a thread of the first
+    trainer of the host is its keeper, and its memory ends with that; where that cannot be had either, `memory` is given up
+    for the whole job. Both are said once.
     """
 
     def __init__(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
+import logging
 import os
 import select
 import socket
@@ -22,6 +24,7 @@ from ckpt.keeper.protocol import Connection, Frame, frame, own_peer, receive, se
 
 __all__ = ["Link", "keeper_name"]
 
+log = logging.getLogger("ckpt")
 _SEND = 30.0  # seconds after which a keeper that reads nothing counts as gone
 
 
@@ -33,7 +36,7 @@ def keeper_name(run: str, job: str, host: str) -> str:
 
 
 class Link:
-    """Connected on construction; starts the keeper if there is none.
+    """Connected on construction; starts the keeper if there is none, as a process or, where that fails, as a thread.
 
     heard   called in the reading thread with every frame that answers nothing
     ended   called in the reading thread, once, when the keeper is gone
@@ -141,8 +144,35 @@ def _connect(name: str) -> socket.socket:
             sock.close()
             if attempt == 2:
                 raise PeerError(f"the keeper {name!r} does not answer ({e.strerror or e})") from None
-        _start(name)
+        try:
+            _start(name)
+        except PeerError as e:
+            _keep_here(name, e)
     raise AssertionError("unreachable")
+
+
+def _keep_here(name: str, why: PeerError) -> None:
+    """What a keeper does, in a thread of this trainer, for all trainers of this host. Raises PeerError if that cannot be,
+    either; returns once the name is bound, here or by who was faster."""
+    from ckpt.config import settings
+    from ckpt.keeper.process import Keeper
+
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(f"\0{name}")
+        listener.listen(256)
+        config = settings()
+        keeper = Keeper(listener, config, config.grace)
+        threading.Thread(target=keeper.run, name="ckpt-keeper", daemon=True).start()
+    except (OSError, RuntimeError) as e:
+        listener.close()
+        if isinstance(e, OSError) and e.errno == errno.EADDRINUSE:
+            return
+        raise PeerError(f"{why}; nor can a thread of this process do its work: {e}") from None
+    log.warning(
+        "ckpt: %s; a thread of this process (%d) does its work: snapshots in memory last no longer than this process",
+        why, os.getpid(),
+    )  # fmt: skip
 
 
 def _start(name: str) -> None:

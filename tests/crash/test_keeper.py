@@ -91,6 +91,44 @@ def _last_events(folder: str, written: bool) -> None:
         goes_on(run, sealed, sealed)
 
 
+def _kept_by_a_thread(folder: str) -> None:
+    with scene(folder) as run:
+        t = Trainer(run, opened=False)
+        t("no_process")
+        t("open", 1, 4)
+        assert t("restore") == (0, "nothing")
+        t("seal", 6)
+        assert keepers.bound(run) and not keepers.keepers(run), "it is a thread"
+        said = [line for line in t("heard") if "a thread of this process" in line]
+        assert len(said) == 1 and f"({t.pid})" in said[0] and "no longer than this process" in said[0]
+        stored = t("quiet")
+        t("seal", 1)
+        assert t("restore") == (seen(run, "sealed") + 1, "memory"), "as long as the process lives"
+        t("seal", 1)
+        stored = max(stored, t("quiet"))
+        t.kill()
+        until(lambda: not keepers.bound(run), "with the process all of it is gone")
+        t = Trainer(run)
+        assert t("restore") == (stored + 1, "storage")
+        t("seal", 1)
+        t.finish()
+        nothing_left(run)
+        t = Trainer(run, opened=False)
+        t("no_process")
+        t("open", 1, 4)
+        t("restore")
+        t("seal", 2)
+        last = t("train", 1)
+        assert t.finish()["last_step"] == last
+        nothing_left(run)
+        check_stored(run, last)
+
+
+def test_where_no_process_can_be_started_a_thread_keeps(fresh: Fresh, tmp_path: Path) -> None:
+    """Snapshots go on, and saves from them; they end with the trainer."""
+    fresh(_kept_by_a_thread, str(tmp_path))
+
+
 def events_of(run: str) -> list[Event]:
     return sorted(read_events(LocalBackend(run)), key=lambda e: e.time)
 
