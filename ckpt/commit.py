@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt.backends import Backend
+from ckpt.config import settings
 from ckpt.errors import CkptError, ConflictError, FormatError, IntegrityError, NotFoundError, VersionError
 from ckpt.format.codec import Codec, crc32c
 
@@ -37,6 +40,7 @@ __all__ = [
     "read_commit",
     "read_generation",
     "read_manifest",
+    "refuse_superseded",
     "sealed",
     "step_folder",
     "unseal",
@@ -313,13 +317,36 @@ def open_generation(backend: Backend, parent: str | None, world: int, known: Seq
             raise ConflictError(
                 f"{backend.root}: generation {number - 1} is the last possible; remove what bears its number"
             )
-        content = {"generation": number, "parent": parent, "time": now(), "world": world}
+        by = f"{settings().host or socket.gethostname()}, process {os.getpid()}"
+        content = {"generation": number, "parent": parent, "time": now(), "world": world, "by": by}
         data = sealed({"format": "ckpt-generation", "version": VERSION, **content})
         try:
             backend.create(f"gen-{number:04d}.json", data)
             return number
         except ConflictError:
             number += 1
+
+
+def refuse_superseded(backend: Backend, generation: int) -> None:
+    """Before a commit of a job that is alive: raises ConflictError if another one has begun a newer generation since.
+
+    Jobs that cannot see each other's keepers, on other hosts, find out so: the older one commits nothing any more. Between
+    this look and the commit another may begin; that commit then is the last one before it.
+    """
+    if not generation:
+        return  # of saves without a Checkpointer, which have no lives
+    name = f"gen-{generation + 1:04d}.json"
+    try:
+        told = unseal(backend.fetch(name, _MAX_COMMIT), "ckpt-generation", f"{backend.root}/{name}")
+        who = f"by {told.get('by', 'an older version')} at {told.get('time')}"
+    except NotFoundError:
+        return
+    except FormatError as e:
+        who = f"by whoever wrote a file that cannot be read ({e})"
+    raise ConflictError(
+        f"generation {generation + 1} of {backend.root} was begun {who}, while this job trains generation {generation}: one "
+        "job at a time may write to a run, and the newer one is the present; end one of the two, or name another run"
+    )
 
 
 def exists(backend: Backend, folder: str) -> bool:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ckpt.backends import Backend
 from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
-from ckpt.commit import Commit, claim_attempt, commit_step
+from ckpt.commit import Commit, claim_attempt, commit_step, refuse_superseded
 from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import Codec, choose_codec
 from ckpt.format.manifest import ObjectEntry
@@ -105,6 +105,7 @@ class Leader:
         """Every rank has written: the manifest, then the commit."""
         plan = self.planning.made
         assert plan is not None
+        refuse_superseded(self.backend, self.generation)
         table, column = codec_column(plan, self.codecs)
 
         def publishing() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckpt.backends import Backend
 from ckpt.catalog import write_ledger
+from ckpt.commit import refuse_superseded
 from ckpt.config import settings
 from ckpt.errors import CkptError, UsageError
 from ckpt.events import Event, Events
@@ -192,9 +193,11 @@ class Account:
                 self.events.write(self.backend, self.generation)
             if self.rank == 0:
                 write_rows(self.backend, self.generation, self._ledger)
+                if self.keep:
+                    refuse_superseded(self.backend, self.generation)  # what another job has is not ours to delete
                 retain(self.backend, self.keep)
         except Exception as e:
-            log.error("ckpt: the run was not tidied: %s", e, exc_info=e)
+            log.error("ckpt: the run was not tidied: %s", e, exc_info=None if isinstance(e, CkptError) else e)
 
     def tidied(self, timeout: float | None) -> bool:
         """Waits until that has happened; False if it has not after `timeout` seconds."""

@@ -16,7 +16,7 @@ from ckpt import faults
 from ckpt.backends import Backend, MemoryBackend
 from ckpt.catalog import drop_attempt
 from ckpt.collective import decode, encode
-from ckpt.commit import Commit, commit_step, step_folder
+from ckpt.commit import Commit, commit_step, refuse_superseded, step_folder
 from ckpt.config import Settings
 from ckpt.errors import CapacityError, CkptError, IntegrityError
 from ckpt.format.codec import BLOCK, Codec, choose_codec, crc32c
@@ -198,11 +198,17 @@ def commit_held(
     reports: Mapping[int, PackReport | None],
     attempt: str,
     writer: str,
+    alive: bool,
 ) -> Commit:
-    """The commit of packs that are all in storage. On failure before it is published nothing of the attempt is left."""
+    """The commit of packs that are all in storage. On failure before it is published nothing of the attempt is left.
+
+    `alive`: of a life that goes on; ConflictError if another job has begun a newer one.
+    """
     publishing: list[bool] = []
     try:
         faults.point("keeper commit")
+        if alive:
+            refuse_superseded(backend, held.generation)
         ordered = [reports[rank] for rank in sorted(held.parts)]
         return _commit(backend, held, codecs, ordered, attempt, writer, lambda: publishing.append(True))
     except BaseException as e:

@@ -335,10 +335,10 @@ class Seat:
         if save.waiting:
             return
         save.written = self.clock()
-        life = save.life
+        life, alive = save.life, save.life is self.life and not self.deserted
 
         def publish() -> tuple[Commit, Frame | None]:
-            done = commit_held(save.backend, save.held, life.codecs, save.reports, save.attempt, save.writer)
+            done = commit_held(save.backend, save.held, life.codecs, save.reports, save.attempt, save.writer, alive)
             share = save.local and len(set(save.held.hosts.values())) > 1
             return done, commit_to_share(save.backend, done) if share else None
 

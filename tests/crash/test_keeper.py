@@ -378,6 +378,33 @@ def test_a_second_trainer_is_refused(fresh: Fresh, tmp_path: Path) -> None:
     fresh(_second_trainer, str(tmp_path))
 
 
+def _two_jobs_that_cannot_meet(folder: str) -> None:
+    with scene(folder, grace=2.0) as run:
+        t = Trainer(run, storage=2)
+        t("seal", 3)
+        first = t("quiet")
+        other = Trainer(run, env={"CKPT_HOST": "elsewhere"}, storage=2)
+        assert other("restore") == (first + 1, "storage")
+        other("seal", 3)
+        before = t("report")
+        t("seal", 3)
+        t("quiet")
+        report = t("report")
+        assert report["failed"] > before["failed"] and report["committed"] == before["committed"]
+        assert report["last_error"].startswith("conflict: generation 2 of ")
+        assert f"begun by elsewhere, process {other.pid} at " in report["last_error"]
+        t.kill()
+        last = other("train", 1)
+        assert other.finish()["last_step"] == last
+        nothing_left(run)
+        check_stored(run, last)
+
+
+def test_the_older_of_two_jobs_that_cannot_meet_commits_nothing(fresh: Fresh, tmp_path: Path) -> None:
+    """On one host the second is refused; on two, the first is told, by the generation that the second has begun."""
+    fresh(_two_jobs_that_cannot_meet, str(tmp_path))
+
+
 # 4. Nobody comes back.
 
 

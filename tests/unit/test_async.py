@@ -387,6 +387,27 @@ def test_closing_stores_the_last_step(tmp_path: Path) -> None:
     assert cp.close().last_step == 11
 
 
+def test_a_job_that_another_has_followed_commits_nothing(tmp_path: Path) -> None:
+    """Also one that knows nothing of keepers; and no save deletes what the other one has."""
+    old = ckpt.Checkpointer(tmp_path / "run", {"x": torch.ones(3)}, storage=ckpt.Every(1), keep=[ckpt.KeepLast(1)])
+    old.restore()
+    old.step(0)
+    assert old.wait(60)
+    new = ckpt.Checkpointer(tmp_path / "run", {"x": torch.zeros(3)}, storage=ckpt.Every(1))
+    assert new.restore() == 1
+    old.step(1)
+    assert old.wait(60) and old.report.committed == 1 and old.report.failed == 1
+    with pytest.raises(ckpt.ConflictError, match=rf"generation 2 of .* process {os.getpid()} .*trains generation 1"):
+        old.save_now()
+    new.step(1)
+    assert new.wait(60) and new.report.committed == 1
+    new.close()
+    old.close()
+    assert {s.folder for s in list_run(LocalBackend(str(tmp_path / "run"))).committed} == {
+        "step-00000000.g0001", "step-00000001.g0002",
+    }  # fmt: skip
+
+
 def test_nothing_durable_for_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cp = ckpt.Checkpointer(tmp_path / "run", {"x": torch.ones(3)}, storage=ckpt.Every(2), max_stale=5)
     cp.restore()
