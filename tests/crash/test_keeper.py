@@ -35,6 +35,7 @@ from keepers import (
 from kills import check_listing, small_disk
 
 from ckpt.backends import LocalBackend
+from ckpt.commit import open_generation
 from ckpt.events import Event, read_events
 from ckpt.keeper.view import keepers_here
 
@@ -406,6 +407,25 @@ def test_the_older_of_two_jobs_that_cannot_meet_commits_nothing(fresh: Fresh, tm
 
 
 # 4. Nobody comes back.
+
+
+def _rescued_late(folder: str) -> None:
+    with scene(folder, grace=2.0) as run:
+        t = Trainer(run, env={"CKPT_FAULT": "stop@keeper commit#1"}, storage=NEVER)
+        t("set", "CKPT_FAULT", None)
+        sealed = t("seal", 2)[-1]
+        keeper = keepers.keeper(run)
+        t.kill()
+        until(lambda: keepers.state_of(keeper) == "T", "the keeper is about to commit")
+        open_generation(LocalBackend(run), f"step-{sealed:08d}.g0001", 1, [1])
+        os.kill(keeper, signal.SIGCONT)
+        nothing_left(run)
+        check_stored(run, sealed)
+
+
+def test_what_dead_trainers_left_is_committed_after_others_have_begun(fresh: Fresh, tmp_path: Path) -> None:
+    """They may go on from just that."""
+    fresh(_rescued_late, str(tmp_path))
 
 
 def _never_restarted(folder: str) -> None:
