@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from ckpt.backends import Backend
@@ -101,9 +102,13 @@ class Threaded:
                 self._tiers.begin(folder, place == _BOTH)
         self._place = place
         request = Request(backend, step, self._account.generation, metrics, self._codecs)
-        self._handle = begin_save(
-            request, state, self._group, self._planner, after=lambda outcome: self._ended(step, folder, place, outcome)
-        )
+        with self._trickle.aside() if self._trickle is not None else nullcontext():
+            self._handle = begin_save(
+                request, state, self._group, self._planner,
+                after=lambda outcome: self._ended(step, folder, place, outcome),
+            )  # fmt: skip
+        if self._trickle is not None:
+            self._trickle.copied_when(self._handle.staged)
         self._last_local = time.monotonic()
         self._last = self._last if place == _LOCAL else self._last_local
         self._account.report.stalled += self._handle.stalled

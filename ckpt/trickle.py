@@ -12,9 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
+from ckpt.backends import Backend, Upload
+from ckpt.backends.base import Buffer, ReadsAhead
 from ckpt.catalog import Step, delete_tree, leftovers, list_run
 from ckpt.commit import exists
 from ckpt.config import settings
@@ -39,8 +41,54 @@ _AGAIN = 60.0
 _OTHERS = 0.5  # seconds until the first look at whether other hosts are done; more and more later
 
 
+_HELD_UP = 5.0
+_POLL = 0.1
+_WINDOW = 4 << 20
+
+
 class _Stopped(Exception):
     """The process is about to end."""
+
+
+class _Polite:
+    """A backend whose every piece waits for its turn; what is read in order is asked for a window at a time, and not ahead of
+    that. The rest is as it is."""
+
+    def __init__(self, inner: Backend, turn: Callable[[], None]) -> None:
+        self._inner, self._turn, self.root = inner, turn, inner.root
+        self._window, self._held, self._size = ("", 0), bytearray(), 0
+        self.create, self.fetch, self.size = inner.create, inner.fetch, inner.size
+        self.list, self.delete, self.close = inner.list, inner.delete, inner.close
+
+    def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
+        n = sum(len(b) for b in into)
+        if n > _WINDOW // 4 or not isinstance(self._inner, ReadsAhead):
+            self._turn()
+            return self._inner.read(path, offset, into)
+        name, start = self._window
+        if name != path or not start <= offset <= offset + n <= start + len(self._held):
+            self._turn()
+            self._size = self._size if name == path else self._inner.size(path)
+            held = bytearray(max(n, min(_WINDOW, self._size - offset)))
+            self._inner.read_just(path, offset, memoryview(held))
+            self._window, self._held, start = (path, offset), held, offset
+        at = offset - start
+        for buffer in into:
+            buffer[:] = memoryview(self._held)[at : at + len(buffer)]
+            at += len(buffer)
+
+    def new(self, path: str, size: int) -> Upload:
+        self._window = "", 0
+        return _PoliteUpload(self._inner.new(path, size), self._turn)
+
+
+class _PoliteUpload:
+    def __init__(self, inner: Upload, turn: Callable[[], None]) -> None:
+        self._inner, self._turn, self.finish, self.abort = inner, turn, inner.finish, inner.abort
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._turn()
+        self._inner.write(offset, data)
 
 
 class Trickle:
@@ -65,6 +113,7 @@ class Trickle:
         self._waiting = 0.0  # seconds until the next look at whether other hosts are done
         self._thread: threading.Thread | None = None
         self._since: dict[str, float] = {}  # when a step began to wait for other hosts
+        self._copied: Callable[[float], bool] = lambda _: True  # whether no snapshot is being copied; waits for that
         self._ill = ""  # what was said of the failures under way
 
     def wake(self) -> None:
@@ -158,7 +207,8 @@ class Trickle:
 
     def _bring(self, step: Step) -> tuple[int, bool]:
         way = self._way
-        return copy_step(way.local, way.remote, step.folder, self._look_up, elsewhere=not way.alone)
+        remote = _Polite(way.remote, self._turn)
+        return copy_step(way.local, remote, step.folder, self._look_up, elsewhere=not way.alone, gently=True)
 
     def _hopeful(self, step: Step, e: CkptError) -> bool:
         """Whether a failure may pass. What is in the way of a step may go, as what somebody else brings; another commit of
@@ -166,6 +216,25 @@ class Trickle:
         if isinstance(e, ConflictError):
             return not exists(self._way.remote, step.folder)
         return isinstance(e, StorageError)
+
+    def _turn(self) -> None:
+        """Waits, but not for ever, while the loop is held up by a snapshot: cores, and a store that shares them, are its."""
+        until = time.monotonic() + _HELD_UP
+        while not self._copied(_POLL) and time.monotonic() < until and not self._over:
+            pass
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, nothing more is sent or read; after it, not until `copied_when` says that a snapshot is copied."""
+        free = threading.Event()
+        self._copied = free.wait
+        try:
+            yield
+        finally:
+            free.set()
+
+    def copied_when(self, copied: Callable[[float], bool]) -> None:
+        self._copied = copied
 
     def _patient(self, step: Step) -> bool:
         """Whether to go on waiting for the packs of other hosts; if not, the step is given up."""

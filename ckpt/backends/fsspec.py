@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import fsspec
 from fsspec.config import conf
+from fsspec.dircache import DirCache
 from fsspec.registry import known_implementations, registry
 
 from ckpt.backends.ahead import Ahead
@@ -30,6 +31,7 @@ __all__ = ["FsspecBackend", "configured", "served"]
 
 log = logging.getLogger("ckpt")
 _SMALL = 8 << 20
+_TRIES = 4
 _CONDITIONAL = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
 _FLAT = _CONDITIONAL | {"memory", "oss", "oci", "cos", "tos", "r2", "tosfs"}
 _SECRET = ("secret", "password", "passphrase", "token", "key", "credential", "sas")
@@ -51,7 +53,7 @@ class FsspecBackend:
     """Files or objects below `url`. `options`: those of the filesystem."""
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        self._scheme, given = url.partition("://")[0], {"use_listings_cache": False, **(options or {})}
+        self._scheme, given = url.partition("://")[0], dict(options or {})
         self._secrets = [str(v) for k, v in given.items() if v and any(s in k.lower() for s in _SECRET)]
         self._flat = self._scheme in _FLAT
         self.root = url.rstrip("/")
@@ -61,6 +63,9 @@ class FsspecBackend:
             raise UsageError(f"{url!r}: {str(e)[:300]}") from None
         except Exception as e:
             raise self._told("opening", self.root, e) from None
+        cache = getattr(self._fs, "dircache", None)
+        if isinstance(cache, DirCache):  # not as an option: not all take it
+            cache.use_listings_cache = False
         self._base = self._base.rstrip("/")
         self._ahead = Ahead(self._get)
 
@@ -143,8 +148,14 @@ class FsspecBackend:
             raise ConflictError(f"{self.root}/{path}: exists already")
 
     def _make_parent(self, full: str) -> None:
-        if not self._flat:
-            self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        parent = full.rpartition("/")[0]
+        for left in () if self._flat else reversed(range(_TRIES)):
+            try:
+                self._fs.makedirs(parent, exist_ok=True)
+                return
+            except Exception:  # some look first and then make what somebody else has made meanwhile
+                if not left and not self._fs.isdir(parent):
+                    raise
 
     def new(self, path: str, size: int) -> Upload:
         with self._storage("looking at", path):

@@ -27,6 +27,8 @@ __all__ = ["CopyReport", "copy", "copy_step", "plan_copy"]
 _SMALL = 1 << 32
 _BUFFER = 16 << 20
 _THREADS = 4
+_GENTLY = 2, 8 << 20  # threads and bytes of a buffer of what is in nobody's way
+_LARGE = 32 << 30  # packs that would have too many parts of those
 _ARRIVED = ".arrived"
 Progress = Callable[[int], None]
 
@@ -153,12 +155,19 @@ def _once(source: Backend, target: Backend, name: str) -> None:
 
 
 def copy_step(
-    source: Backend, target: Backend, folder: str, progress: Progress | None = None, *, elsewhere: bool = False
+    source: Backend,
+    target: Backend,
+    folder: str,
+    progress: Progress | None = None,
+    *,
+    elsewhere: bool = False,
+    gently: bool = False,
 ) -> tuple[int, bool]:
     """One step, its commit last. Returns the bytes of packs that were sent, and whether the target has it committed.
 
     elsewhere  packs that the source does not have are with others, who copy them, too: each pack that has arrived intact
                gets a receipt, and whoever finds all of them writes the commit, which is the same bytes for all
+    gently     little at a time
 
     Raises what `copy` does, and what `progress` raises; then what was under way is given up, and the rest stands.
     """
@@ -187,7 +196,7 @@ def copy_step(
         if _same(source, target, folder):  # another copy has committed it meanwhile: nothing of it is touched any more
             return sent, True
         target.delete(path)
-        _send(source, target, path, size, progress)
+        _send(source, target, path, size, progress, *(_GENTLY if gently and size < _LARGE else (_THREADS, _BUFFER)))
         sent += size
         problems = _problems(there, p)
         if problems:
@@ -228,13 +237,15 @@ def _problems(there: Checkpoint, pack: int) -> list[str]:
     return found
 
 
-def _send(source: Backend, target: Backend, path: str, size: int, progress: Progress | None) -> None:
+def _send(
+    source: Backend, target: Backend, path: str, size: int, progress: Progress | None, threads: int, piece: int
+) -> None:
     """One pack, in buffers that a few threads fill and write."""
     upload = target.new(path, size)
-    buffers = [np.empty(min(_BUFFER, size), np.uint8) for _ in range(_THREADS)]
+    buffers = [np.empty(min(piece, size), np.uint8) for _ in range(threads)]
 
     def move(k: int, at: int) -> int:
-        view = memoryview(buffers[k])[: min(_BUFFER, size - at)]
+        view = memoryview(buffers[k])[: min(piece, size - at)]
         source.read(path, at, [view])
         upload.write(at, view)
         if progress is not None:
@@ -242,10 +253,10 @@ def _send(source: Backend, target: Backend, path: str, size: int, progress: Prog
         return k
 
     try:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-copy") as pool:
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-copy") as pool:
             moving: set[Future[int]] = set()
-            free = list(range(_THREADS))
-            for at in range(0, size, _BUFFER):
+            free = list(range(threads))
+            for at in range(0, size, piece):
                 if not free:
                     done, moving = wait(moving, return_when=FIRST_COMPLETED)
                     free = [d.result() for d in done]

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import keepers
+import pytest
 from forks import Fresh
 from hosts import Cluster
 from keepers import Trainer, check_stored, gone, nothing_left, scene, seen, until
@@ -141,6 +142,30 @@ def _a_full_disk(folder: str) -> None:
 
 def test_a_full_disk(fresh: Fresh, tmp_path: Path) -> None:
     fresh(_a_full_disk, str(tmp_path))
+
+
+def _a_keeper_killed_around_its_commit(folder: str, nth: int) -> None:
+    """The step is due from before it exists; if it exists, the keeper that the trainer starts next brings it."""
+    with scene(folder) as run:
+        t = Trainer(run, near=1, opened=False)
+        t(
+            "set", "CKPT_FAULT", f"kill@local.create.unlink#{nth}"
+        )  # of the keeper: the mark, the claim, manifest, commit
+        t("open", 1, 1)
+        t("set", "CKPT_FAULT", None)
+        t("restore")
+        first = keepers.keeper(run)
+        t("seal", 1)
+        assert gone(first) == keepers.KILLED
+        there = _steps(f"{run}.disk")
+        assert there == [0] * (nth == 4)
+        until(lambda: _steps(run) == there, "the next keeper brings it")
+        t.kill()
+
+
+@pytest.mark.parametrize("nth", [3, 4])
+def test_a_keeper_killed_around_its_commit(fresh: Fresh, tmp_path: Path, nth: int) -> None:
+    fresh(_a_keeper_killed_around_its_commit, str(tmp_path), nth)
 
 
 def _two_hosts(folder: str) -> None:

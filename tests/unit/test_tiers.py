@@ -228,6 +228,20 @@ def test_killed_in_the_middle_of_the_trickle(tmp_path: Path, point: str) -> None
     cp.close()
 
 
+@pytest.mark.parametrize("nth", [6, 7])
+def test_killed_around_the_commit_on_the_disk(tmp_path: Path, nth: int) -> None:
+    """The step is due from before it exists: there is no moment in which it is committed here, and nobody would bring it."""
+    code = CHILD.format(here=str(Path(__file__).parent))
+    env = {**os.environ, "CKPT_FAULT": f"kill@local.create.unlink#{nth}"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    there = steps(tmp_path / "disk")
+    assert there == [0] * (nth == 7) and steps(tmp_path / "run") == [], "the seventh small file is the commit"
+    cp = job(tmp_path)
+    assert cp.restore() == len(there) and cp.wait(60) and steps(tmp_path / "run") == there
+    cp.close()
+
+
 def test_a_process_that_ends_without_close_leaves_what_is_due(tmp_path: Path) -> None:
     cp = job(tmp_path)
     cp.restore()
