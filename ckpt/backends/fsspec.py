@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
 import fsspec
@@ -34,6 +34,7 @@ _SMALL = 8 << 20
 _TRIES = 4
 _CONDITIONAL = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
 _FLAT = _CONDITIONAL | {"memory", "oss", "oci", "cos", "tos", "r2", "tosfs"}
+_ONE_THREAD = frozenset(("sftp", "ssh"))  # paramiko's client waits for ever for an answer that another thread took
 _SECRET = ("secret", "password", "passphrase", "token", "key", "credential", "sas")
 _one_at_a_time = threading.Lock()
 _exclusive: dict[str, bool] = {}
@@ -56,6 +57,7 @@ class FsspecBackend:
         self._scheme, given = url.partition("://")[0], dict(options or {})
         self._secrets = [str(v) for k, v in given.items() if v and any(s in k.lower() for s in _SECRET)]
         self._flat = self._scheme in _FLAT
+        self._alone = threading.RLock() if self._scheme in _ONE_THREAD else nullcontext()
         self.root = url.rstrip("/")
         try:
             self._fs, self._base = fsspec.core.url_to_fs(url, skip_instance_cache=True, **given)
@@ -89,7 +91,8 @@ class FsspecBackend:
     @contextmanager
     def _storage(self, doing: str, path: str) -> Iterator[None]:
         try:
-            yield
+            with self._alone:
+                yield
         except CkptError:
             raise
         except Exception as e:
