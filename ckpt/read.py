@@ -258,13 +258,13 @@ def read_targets(
 def _open(
     backend: Backend, folder: str, manifest: Manifest, indices: Sequence[int], stats: ReadStats, threads: int
 ) -> list[Pack]:
-    """The packs, several at a time where that takes requests."""
+    """The packs, several at a time where that takes requests, and then as few as will do."""
     if threads == 1 or len(indices) < 2:
-        return [Pack(backend, folder, manifest, index, stats) for index in indices]
+        return [Pack(backend, folder, manifest, index, stats, lean=threads > 1) for index in indices]
     each = [ReadStats() for _ in indices]
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-open") as pool:
         packs = list(
-            pool.map(lambda at: Pack(backend, folder, manifest, at[0], at[1]), zip(indices, each, strict=True))
+            pool.map(lambda at: Pack(backend, folder, manifest, at[0], at[1], True), zip(indices, each, strict=True))
         )
     stats.read += sum(s.read for s in each)
     return packs

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
-from ckpt.backends.base import Redundant
+from ckpt.backends.base import ReadsAhead, Redundant
 from ckpt.errors import FormatError, IntegrityError
 from ckpt.format.codec import BLOCK, Codec, crc32c, n_blocks
 from ckpt.format.dtypes import dtype
@@ -45,23 +45,34 @@ class StoredFragment(NamedTuple):
 
 
 class Pack:
-    """One pack being read: its header and block table are checked before any of its data is used."""
+    """One pack being read: its header and block table are checked before any of its data is used.
 
-    def __init__(self, backend: Backend, folder: str, manifest: Manifest, index: int, stats: ReadStats) -> None:
+    `lean`: where each object that is asked for is a request over a network, and every rank asks for it of every pack, the
+    length and the header, of which nothing is used, are not.
+    """
+
+    def __init__(
+        self, backend: Backend, folder: str, manifest: Manifest, index: int, stats: ReadStats, lean: bool = False
+    ) -> None:
         self.backend, self.manifest, self.index = backend, manifest, index
         self.path = f"{folder}/{manifest.pack_path(index)}"
         packs = manifest.packs
         size, table_offset = int(packs.size[index]), int(packs.table_offset[index])
-        actual = backend.size(self.path)
-        if actual != size:
-            raise self._damaged(f"{actual} bytes long, its checkpoint says {size}")
-        header, table = np.empty(int(packs.data_start[index]), np.uint8), np.empty(size - table_offset, np.uint8)
-        backend.read(self.path, 0, [memoryview(header)])
-        if crc32c(header) != int(packs.header_crc[index]) and not self._mended(
-            0, memoryview(header), int(packs.header_crc[index])
-        ):
-            raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
-        backend.read(self.path, table_offset, [memoryview(table)])
+        table = np.empty(size - table_offset, np.uint8)
+        if lean and isinstance(backend, ReadsAhead):
+            backend.read_just(self.path, table_offset, memoryview(table))
+        else:
+            actual = backend.size(self.path)
+            if actual != size:
+                raise self._damaged(f"{actual} bytes long, its checkpoint says {size}")
+            header = np.empty(int(packs.data_start[index]), np.uint8)
+            backend.read(self.path, 0, [memoryview(header)])
+            if crc32c(header) != int(packs.header_crc[index]) and not self._mended(
+                0, memoryview(header), int(packs.header_crc[index])
+            ):
+                raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
+            stats.read += len(header)
+            backend.read(self.path, table_offset, [memoryview(table)])
         if crc32c(table) != int(packs.table_crc[index]) and not self._mended(
             table_offset, memoryview(table), int(packs.table_crc[index])
         ):
@@ -70,7 +81,7 @@ class Pack:
         rows = table.view("<u4").reshape(-1, entry)
         self.crc: list[int] = rows[:, 0].tolist()
         self.stored = rows[:, 1].astype(np.int64) if entry == 2 else None
-        stats.read += len(header) + len(table)
+        stats.read += len(table)
 
     @property
     def where(self) -> str:
