@@ -18,7 +18,7 @@ from ckpt.config import Every
 from ckpt.format.codec import Codec
 from ckpt.loading import LoadReport
 from ckpt.saving import Planner, Request, SaveReport
-from ckpt.tiers import Tiers
+from ckpt.tiers import Tiers, mark_due
 from ckpt.trickle import Trickle
 from ckpt.upkeep import Account
 
@@ -97,9 +97,7 @@ class Threaded:
     def _start(self, state: Any, step: int, metrics: Mapping[str, float], place: bytes) -> SaveHandle:
         backend, folder = self._backend, step_folder(step, self._account.generation)
         if self._tiers is not None and place != _REMOTE:
-            backend = self._tiers.local
-            if self._group.rank == 0:
-                self._tiers.begin(folder, place == _BOTH)
+            backend = self._tiers.place(place == _BOTH)
         self._place = place
         request = Request(backend, step, self._account.generation, metrics, self._codecs)
         with self._trickle.aside() if self._trickle is not None else nullcontext():
@@ -137,7 +135,7 @@ class Threaded:
         report = handle.result()
         if self._tiers is not None and self._place == _LOCAL:
             if self._tiers.leads:
-                self._tiers.begin(step_folder(report.step, report.generation), due=True)
+                mark_due(self._tiers.local, step_folder(report.step, report.generation))
             self._place = _BOTH
             self._wake()
         return report

@@ -70,6 +70,22 @@ def mark_due(local: Backend, folder: str) -> None:
         local.create(f"{folder}/{DUE}", b"{}\n")
 
 
+class _Marking:
+    """A local tier whose commits are due for the remote one: from before they are there. The mark takes a disk's time, which is
+    the committing thread's and not the loop's."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner, self.root = inner, inner.root
+        self.new, self.read, self.fetch, self.size = inner.new, inner.read, inner.fetch, inner.size
+        self.list, self.delete, self.close = inner.list, inner.delete, inner.close
+
+    def create(self, path: str, data: bytes) -> None:
+        folder, _, name = path.rpartition("/")
+        if name == "commit.json":
+            mark_due(self._inner, folder)
+        self._inner.create(path, data)
+
+
 class Nearest:
     """A run on two tiers, to read from: the local copy of what is committed there, else the remote one.
 
@@ -201,10 +217,9 @@ class Tiers:
             "keep": policies_told(way.keep), "remote_keep": policies_told(way.remote_keep),
         }  # fmt: skip
 
-    def begin(self, folder: str, due: bool) -> None:
-        """Before a save of a step, on the rank that will commit it."""
-        if due:
-            mark_due(self.local, folder)
+    def place(self, due: bool) -> Backend:
+        """Where a step is saved that is due for the remote tier, or is not."""
+        return _Marking(self.local) if due else self.local
 
     def share(self, folder: str) -> None:
         """After a save, well ended or not, in the thread that did it; collective. The commit and the manifest go to the
@@ -225,7 +240,8 @@ class Tiers:
         told = self._group.beside().round(f"tier {folder}", b"", decide)
         if told and self._group.rank:
             head, _ = decode(told)
-            self.begin(folder, head["due"])
+            if head["due"]:
+                mark_due(self.local, folder)
             for name, content in zip(head["names"], head["content"], strict=True):
                 self.local.create(name, bytes.fromhex(content))
 
