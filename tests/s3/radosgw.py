@@ -129,6 +129,11 @@ class Radosgw:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all its processes that run."""
+        return [process.pid for process in self._running.values()]
+
     def begin_gateway(self) -> None:
         """Starts the gateway and waits until it answers."""
         self._begin("rgw", "radosgw", "-n", "client.rgw")

@@ -21,6 +21,7 @@ from ckpt.backends.base import KeepsUploads
 from ckpt.backends.faulty import Fault, FaultyBackend
 from ckpt.backends.s3_client import client_for
 from ckpt.errors import CkptError, ConflictError, NotFoundError, StorageError
+from ckpt.offline.copy import copy
 from ckpt.offline.prune import carry_out, plan_prune
 
 REQUESTS = {
@@ -82,6 +83,23 @@ def test_answers_that_do_not_come_to_a_prune(url: str, between: Proxy) -> None:
     assert [r.what for r in between.rules if r.times] == [] and uploads(url) == []
     upload.abort()
     assert runs.committed(url) == [1]
+
+
+@pytest.mark.parametrize("fault", ["lost", "reset", "busy"])
+def test_answers_that_do_not_come_to_a_copy(url: str, between: Proxy, fault: str) -> None:
+    """Of every kind of request that a copy makes, twice each."""
+    what = [
+        r"GET .*list-type=2",
+        r"GET .*commit\.json",
+        r"GET .*manifest",
+        r"GET .*rank-",
+        r"HEAD .*rank-",
+        r"DELETE .*rank-",
+    ]
+    between.rules += [Rule(w, fault, times=2) for w in (*what, *REQUESTS.values()) if w != REQUESTS["list"]]
+    assert copy(url, f"{url}-copy").copied == ("step-00000001.g0000",)
+    assert [r.what for r in between.rules if r.times] == []
+    assert runs.committed(f"{url}-copy") == [1] == runs.committed(url) and runs.check(f"{url}-copy") == 1
 
 
 def prune(url: str) -> list[str]:
