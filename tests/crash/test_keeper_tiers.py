@@ -92,6 +92,25 @@ def test_what_is_nearest_is_restored(fresh: Fresh, tmp_path: Path) -> None:
     fresh(_restores_from_what_is_nearest, str(tmp_path))
 
 
+def _a_keeper_that_is_told_to_end(folder: str) -> None:
+    """The newest step goes to the disk and to the run first."""
+    with scene(folder) as run:
+        t = Trainer(run, near=1, opened=False)
+        t("open", 1, 1000)
+        t("restore")
+        _each(t, 3)
+        keeper = keepers.keeper(run)
+        t.kill()
+        os.kill(keeper, signal.SIGTERM)
+        assert gone(keeper) == 0
+        assert _steps(run) == [2] and not _due(f"{run}.disk")
+        nothing_left(run)
+
+
+def test_a_keeper_that_is_told_to_end(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_a_keeper_that_is_told_to_end, str(tmp_path))
+
+
 def _a_run_that_is_away(folder: str) -> None:
     """A step of which the run cannot take a byte stays on the disk; the keeper dies, too; the next life brings it."""
     with scene(folder) as run:
@@ -189,7 +208,7 @@ def _two_hosts(folder: str) -> None:
         both(2)
         cluster.stop()
         until(lambda: _steps(run) == [3, 5], "the keepers bring the newest step")
-        assert not list(Path(run).rglob("*.arrived"))
+        until(lambda: not list(Path(run).rglob("*.arrived")), "nothing is left of how they met")
         cluster.life([0, 1], storage=4)
         assert cluster.restore() == (6, "memory")
         both(1)
