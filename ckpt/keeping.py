@@ -157,7 +157,8 @@ class Keeping:
             with self._lock:
                 self._grants.clear()
                 self._epoch = self._wanted_epoch = int(message["epoch"])
-            if self._began:
+            if self._began:  # what became of steps meanwhile nobody will say
+                self._told(Outcome("lost", self._at, "the keeper that leads was out of reach"))
                 self._planning.submit(self._join)
         elif message.kind == "storing":
             self._storing.begin(int(message["step"]))
