@@ -16,7 +16,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +43,40 @@ GBPS = 12.0  # of the timed device's bus
 # --- on a rank ------------------------------------------------------------------------------------------------------
 
 
-def checkpointer(rank: Rank, folder: str, protected: bool, events: list[Any]) -> ckpt.Checkpointer:
+class Protected:
+    """What is told of steps that are protected; waiting for it takes nothing from what is measured."""
+
+    def __init__(self) -> None:
+        self._told: list[Any] = []
+        self._changed = threading.Condition()
+
+    def hear(self, event: Any) -> None:
+        if event.kind == "protect":
+            with self._changed:
+                self._told.append(event)
+                self._changed.notify_all()
+
+    def waited(self, step: int) -> Any:
+        """The event that tells of a step, or of a later one."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._told and self._told[-1].step >= step, WAIT):
+                raise RuntimeError(f"step {step} was not protected within {WAIT:.0f} s")
+            return next(e for e in self._told if e.step >= step)
+
+
+def checkpointer(rank: Rank, folder: str, protected: bool, heard: Callable[[Any], None]) -> ckpt.Checkpointer:
     """Of a rank that is a host of its own."""
     os.environ.update(CKPT_HOST=f"h{rank.rank}", CKPT_BIND="127.0.0.1")
     redundancy = CODE if protected else None
-    out = ckpt.Checkpointer(
-        folder, rank.state.tree(), memory=ckpt.Every(1), redundancy=redundancy, on_event=events.append
-    )
+    out = ckpt.Checkpointer(folder, rank.state.tree(), memory=ckpt.Every(1), redundancy=redundancy, on_event=heard)
     out.restore()
     return out
 
 
-def waited(events: list[Any], step: int) -> Any:
-    """The event that tells of a step as protected."""
-    until = time.monotonic() + WAIT
-    while not (found := [e for e in events if e.kind == "protect" and e.step >= step]):
-        if time.monotonic() > until:
-            raise RuntimeError(f"step {step} was not protected within {WAIT:.0f} s")
-        time.sleep(0.0005)
-    return found[0]
-
-
 def protect(rank: Rank, name: str, folder: str, saves: int) -> dict[str, Any]:
     """Some snapshots, one after the other: the seconds that each took to be protected, and what parity takes here."""
-    events: list[Any] = []
-    cp = checkpointer(rank, folder, True, events)
+    told = Protected()
+    cp = checkpointer(rank, folder, True, told.hear)
     lags, step = [], 0
     while len(lags) < saves + 1:  # the first one touches what nobody touched yet
         dist.barrier()
@@ -75,7 +84,7 @@ def protect(rank: Rank, name: str, folder: str, saves: int) -> dict[str, Any]:
         taken = torch.tensor([int(handle is not None and handle.committed(WAIT))])
         dist.all_reduce(taken, op=dist.ReduceOp.MIN)
         if taken.item():
-            lags.append(waited(events, step).lag)
+            lags.append(told.waited(step).lag)
         else:
             time.sleep(0.01)  # the next grant is on its way
         step += 1
@@ -147,11 +156,11 @@ def plain(rank: Rank, name: str, folder: str, saves: int) -> dict[str, Any]:
 
 def train(rank: Rank, name: str, folder: str, steps: int, seconds: float) -> dict[str, Any]:
     """A loop on a timed device, with a snapshot at every step; its seconds, and what came of the snapshots."""
-    device, events = Timed(GBPS, moves=False), []  # type: ignore[var-annotated]
+    device = Timed(GBPS, moves=False)
     ones = [t.view(-1)[:1] for t in rank.state.local().values() if t.numel()]
     ready = torch.ones(())
     with pretend(device):
-        cp = checkpointer(rank, folder, name == PROTECTED, events)
+        cp = checkpointer(rank, folder, name == PROTECTED, lambda _: None)
         gc.collect()
         for step in range(steps + 3):
             if step == 3:
