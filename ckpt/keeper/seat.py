@@ -105,6 +105,7 @@ class Seat:
     _full: bool = False  # the local tier took nothing the last time: the next step goes to the remote one itself
     _near: Key | None = None  # the last step of the local tier that is not due for the remote one
     _wanted: Key | None = None  # what was asked for in storage, whatever tier it was meant for
+    _early: dict[int, Frame] = field(default_factory=dict)  # ranks that are ready before it is known what hosts hold
     _mixed: tuple[Key, list[Decision]] | None = None  # what waits until all ranks have refused to fold a step
 
     @property
@@ -129,6 +130,7 @@ class Seat:
         self.lead.memory, self.lead.storage, self.lead.local = memory or Every(1), storage, local
         self.life, self.deserted = life, False
         self._parts.clear()
+        self._early.clear()
         if self._mixed is not None:  # nobody is left to refuse
             self.lead.damaged(self._mixed[0])
             if any(isinstance(d, Persist) for d in self._mixed[1]):
@@ -153,7 +155,9 @@ class Seat:
             return
         kind, rank = event.kind, int(event.head.get("rank", -1))
         decisions: list[Decision] = []
-        if kind == "ready":
+        if kind == "ready" and watch.beginning:  # a slot that is granted now may have what is to be held on to
+            self._early[rank] = event
+        elif kind == "ready":
             decisions = lead.join(rank, int(event["epoch"]), now)
         elif kind == "at":
             decisions = lead.step(Stepped(int(event["step"]), now))
@@ -168,6 +172,7 @@ class Seat:
             lead.use([int(n) for n in event["slots"]])
             watch.extend(tuple(int(n) for n in event["extents"]))
         elif kind == "left":
+            self._early.pop(rank, None)
             decisions = lead.done_reading(f"rank {rank}", now) + lead.leave(rank, str(event["why"]), now)
         elif kind == "reading":
             lead.read(int(event["slot"]), f"rank {rank}")
@@ -236,6 +241,10 @@ class Seat:
             else:
                 self._persist(d)
         self._keep()
+        if self._early and self.watch is not None and not self.watch.beginning:
+            early, self._early = list(self._early.values()), {}
+            for event in early:
+                self.hear(event)
 
     def _drop(self, key: Key) -> None:
         for k in [k for k in self._parts if k[0] == key]:

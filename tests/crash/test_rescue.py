@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from forks import Fresh
 from hosts import Cluster, flip
-from keepers import check_stored, scene, seen, until
+from keepers import check_stored, gone, scene, seen, until
 from kills import check_listing
 
 import ckpt
@@ -43,3 +45,26 @@ def test_hosts_are_lost_and_nobody_comes_back(
     fresh: Fresh, tmp_path: Path, lost: tuple[int, ...], trouble: str
 ) -> None:
     fresh(_never_restarted, str(tmp_path), lost, trouble)
+
+
+def _lead_replaced(folder: str) -> None:
+    with scene(folder) as run, Hosts(4) as hosts:
+        job = Cluster(hosts, run, ckpt.ErasureCode(2, 2), cut=True)
+        job.life(range(4))
+        job.restore()
+        job.protected(2)
+        pid = job.keeper(0)
+        os.kill(pid, signal.SIGKILL)
+        gone(pid)
+        announced = job.protected(3)
+        job.lose(0, 1)
+        job.life([2, 3])
+        start, source = job.restore()
+        assert source == "memory" and announced <= start - 1 <= seen(run, "at")
+        job.finish()
+
+
+def test_the_keeper_that_leads_dies_under_its_trainer(fresh: Fresh, tmp_path: Path) -> None:
+    """Its successor learns from the others what is there, and protects what comes, in the same life; two hosts, its own
+    among them, may be lost then."""
+    fresh(_lead_replaced, str(tmp_path))

@@ -125,6 +125,7 @@ class Fleet:
         self.secret = ""
         self.peers: dict[str, Any] = {}
         self.told: dict[str, Any] = {}
+        self.plan = b""
         self.trainers: dict[str, Trainer] = {}
         self.laid: dict[tuple[int, str], tuple[int, int, PackLayout]] = {}  # rank, bytes, pack: by generation and host
         self.proxies: dict[str, Proxy] = {}  # between a host and the others
@@ -175,7 +176,9 @@ class Fleet:
             old.link.ask("listen", timeout=WAIT, address="127.0.0.1", port=old.address[1])
             old.granted.clear()
         old.link.ask("peers", timeout=WAIT, **self.peers)
-        old.link.ask("begin", timeout=WAIT, new=[], **self.told)
+        old.link.ask("begin", timeout=WAIT, new=[], **self.told | {"start": max(old.sealed, default=-1) + 1})
+        if old.rank == 0:
+            old.link.tell("plan", self.plan, key="plan")
         old.link.tell("ready", epoch=0)
 
     def begin(self, generation: int, start: int = 0) -> list[Frame]:
@@ -208,7 +211,8 @@ class Fleet:
         answers = [t.link.ask("protected", timeout=WAIT, generation=generation) for t in by_rank]
         for t in by_rank:
             if t.rank == 0:
-                t.link.tell("plan", encode_plan(plan, {}), key="plan")
+                self.plan = encode_plan(plan, {})
+                t.link.tell("plan", self.plan, key="plan")
             t.link.tell("ready", epoch=0)
         return answers
 

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fleet import Fleet, Trainer, alive, until
+from fleet import Fleet, Trainer, alive, noise, until
 
+import ckpt
+from ckpt.backends.local import LocalBackend
+from ckpt.catalog import list_run
 from ckpt.config import ErasureCode, Replicas
 from ckpt.keeper.groups import Placement
 from ckpt.keeper.shield import host_of
@@ -140,6 +144,33 @@ def test_two_of_six_are_lost_and_a_new_host_leads(made: Made) -> None:
     assert [(len(g.hosts), g.data, g.parity) for g in placement.groups] == [(5, 3, 2)]
 
 
+def test_a_host_of_each_of_two_groups_is_lost(made: Made) -> None:
+    """The one that leads among them; others go on. Then one more, and nobody comes back: what is in storage was decoded."""
+    fleet = begun(made(hosts(8, 3 * MIB, MIB + 12345), ErasureCode(3, 1)))
+    fleet.announced(2)
+    key = fleet.rest()
+    groups = fleet.check(key).groups
+    assert [(len(g.hosts), g.data, g.parity) for g in groups] == [(4, 3, 1)] * 2
+    lost = {"h0", next(host_of(h.name) for g in groups for h in g.hosts if not {x.name[:2] for x in g.hosts} & {"h0"})}
+    for host in lost:
+        fleet.kill(host)
+    fleet.leave()
+    begun(fleet, 2, key[1] + 1, [h for h in sorted(fleet.sizes) if h not in lost])
+    assert covered(fleet) == key
+    fleet.seal(True)
+    fleet.announced(key[1] + 2)
+    key = fleet.rest()
+    fleet.check(key)
+    fleet.kill(next(iter(fleet.trainers)))
+    fleet.leave()
+    until(lambda: Path(fleet.run).exists() and list_run(LocalBackend(fleet.run)).committed, "a step is in storage")
+    with ckpt.open(fleet.run) as found:
+        assert found.step == key[1]
+        for (generation, host), (rank, nbytes, _) in fleet.laid.items():
+            if generation == key[0]:
+                assert np.array_equal(found.tensors[f"w{rank}"][:], noise(key, rank, nbytes)), host
+
+
 def test_nothing_moves_while_a_restart_looks_around(made: Made) -> None:
     """Pinned keepers refuse what the seat of before orders; the next life goes on."""
     fleet = begun(made(hosts(3), Replicas(2)))
@@ -227,6 +258,15 @@ def test_a_keeper_that_is_replaced_under_its_trainer(made: Made) -> None:
     assert after != before and after in placement.names and before not in placement.names
 
 
+def test_a_lead_that_is_replaced_under_its_trainer(made: Made) -> None:
+    """The next keeper of that host learns from the others what is announced, and protects what comes after."""
+    fleet = begun(made(hosts(4), ErasureCode(2, 2)))
+    now = fleet.announced(1)
+    fleet.replace("h0")
+    fleet.announced(now + 4)
+    fleet.check(fleet.rest())
+
+
 def test_a_slow_link(made: Made) -> None:
     """An encoding may take longer than the seconds without a byte after which it begins anew: bytes come all the time."""
     env = {"CKPT_PROTECT_PATIENCE": "1", "CKPT_PROTECT_GBPS": "0.003"}
@@ -263,3 +303,18 @@ def test_a_keeper_without_memory_for_parity(made: Made) -> None:
     assert [("error" in a.head) for a in answers] == [False, True, False]
     kind, text = answers[1]["error"]
     assert kind == "capacity" and "h1 is to keep parity" in text and "MiB" in text
+
+
+def test_a_keeper_that_runs_out_of_memory(made: Made) -> None:
+    """In the middle of a life: it stays, and so does what it holds; when there is memory again steps are protected again."""
+    fleet = begun(made(hosts(3), Replicas(2)))
+    now, pid = fleet.announced(1), fleet.trainers["h1"].pid
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    before = resource.prlimit(pid, resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE"), resource.RLIM_INFINITY))
+    fleet.seal(False)
+    fleet.seal(True)
+    until(lambda: max(fleet.trainers["h0"].sealed) > now + 3, "training goes on")
+    resource.prlimit(pid, resource.RLIMIT_AS, before)
+    assert alive(pid) and fleet.holding("h1").inventory.whole
+    fleet.announced(max(fleet.trainers["h0"].announced()) + 3)
+    fleet.check(fleet.rest())

@@ -128,9 +128,17 @@ class Job:
         assert len(inventories) == len(self.up())
         self.begin(names, seat or names[0], placement, inventories)
 
-    def begin(self, names: Sequence[str], host: str, placement: Placement, inventories: list[Inventory]) -> None:
-        guard, decisions = Guard.resume(self.generation, placement, inventories)
-        start = max([k[1] for k in guard.held()], default=-1) + 1
+    def begin(
+        self,
+        names: Sequence[str],
+        host: str,
+        placement: Placement,
+        inventories: list[Inventory],
+        number: int = 0,
+        start: int = 0,
+    ) -> None:
+        guard, decisions = Guard.resume(self.generation, placement, inventories, number)
+        start = max([start, *(k[1] + 1 for k in guard.held())])
         lead = Lead(len(names), Every(1), None)
         seat = self.seats[self.generation] = Seat(host, list(names), lead, guard)
         slots = {k: i for n in self.up() for i, k in enumerate(self.nodes[n].keys) if k is not None}
@@ -147,6 +155,26 @@ class Job:
         self.obey(seat, decisions)
         for rank in range(len(names)):
             self.lead(seat, lead.join(rank, 0, 0.0))
+
+    def reseat(self) -> None:
+        """The keeper that leads dies under its trainer, and another one takes its place, in the same life: it knows nothing,
+        and is another host. What is on the way between the hosts and the seat is lost; chunks still arrive."""
+        old = self.seat
+        before = self.nodes.pop(old.host)
+        host = Host(f"{before.host.name}'", before.host.domain, before.host.nbytes)
+        self.add(host)
+        self.nodes[host.name].ward.inventory(self.generation)
+        names = [host.name if n == old.host else n for n in old.names]
+        inventories = []
+        for n in self.up():
+            ward = self.nodes[n].ward
+            if ward.inventory(self.generation) is None:
+                ward.pin()
+            inventories.append(ward.tell())
+        number = max(self.nodes[n].ward.fence[1] for n in self.up())
+        placement = place([self.nodes[n].host for n in names], self.redundancy, old.guard.placement)
+        start = max(node.at for node in self.nodes.values()) + 1
+        self.begin(names, host.name, placement, inventories, number, start)
 
     def kill(self, name: str) -> None:
         """A host with everything on it."""

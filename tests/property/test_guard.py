@@ -286,5 +286,25 @@ def test_a_host_that_is_out_of_reach_for_a_while(shape: str) -> None:
         assert len(job.history) >= before + 2 and job.generation == 1
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_keeper_that_leads_is_replaced(shape: str) -> None:
+    """After any transition, within the life: what was announced stays, and more is announced. Then hosts are lost."""
+    tried = 0
+    for at in range(0, run(shape, 10**6)[1], 3):
+        job, _ = run(shape, at)
+        if not job.bearable([job.seat.host]):
+            continue
+        tried += 1
+        job.reseat()
+        job.check()
+        before = len(job.history)
+        settle(job, job.check, lambda job=job, before=before: len(job.history) >= before + 2)
+        assert len(job.history) >= before + 2 and job.generation == 1
+        lost = next(n for n in sorted(job.nodes) if job.bearable([n]))
+        job.kill(lost)
+        goes_on(job, job.up(), job.check)
+    assert tried > 30
+
+
 def test_a_thousand_schedules() -> None:
     assert schedules(range(1000)) > 3000

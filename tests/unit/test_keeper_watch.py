@@ -7,6 +7,8 @@ from typing import Any
 
 from ckpt.config import ErasureCode, Every, Replicas
 from ckpt.keeper import lead as leads
+from ckpt.keeper import seat as seats
+from ckpt.keeper.groups import Host, place
 from ckpt.keeper.guard import Area, Inventory
 from ckpt.keeper.lead import Key, Lead, State
 from ckpt.keeper.protocol import Frame, frame
@@ -254,3 +256,33 @@ def test_a_slot_of_an_earlier_life_is_never_granted() -> None:
     for host in later.hosts:
         later.watch.hear(frame("encoded", name=f"{host}#a", mark=mark))
     assert 9 not in later.lead.slots
+
+
+def test_nothing_is_granted_before_it_is_known_what_hosts_hold() -> None:
+    """A keeper that leads in the middle of a life knows of no slot what is in it; ranks are ready before hosts have told."""
+    orders: list[Frame] = []
+    asked: list[Callable[[list[Frame]], None]] = []
+    seat = seats.Seat(
+        lambda order, _: orders.append(order), lambda *_: None, lambda *_: None, lambda *job: asked.append(job[2]),
+        lambda _: None, {},
+    )  # fmt: skip
+    hosts = [f"h{n}" for n in range(3)]
+    placement = place([Host(f"{h}#a", h, 1000) for h in hosts], ErasureCode(2, 1))
+    key = (1, 5)
+
+    def said(host: str) -> Frame:
+        held = Inventory(f"{host}#a", {key: placement}, (Area(key, placement), None))
+        holding = Holding(host, held, {key: 0}) if host != "h0" else Holding(host, Inventory("h0#b", {}, (None, None)))
+        return frame("inventory", holding=encode_holding(holding), fence=[1, 7], domain=host, near={})
+
+    life = seats.Life(1, 3, "run", (), dict(enumerate(hosts)))
+    seat.begin(life, Every(1), None, [0, 1, 2], 9, Protected(ErasureCode(2, 1), life.hosts, (1000,) * 3))
+    for rank, host in enumerate(hosts):
+        seat.hear(frame("ready", rank=rank, epoch=0))
+        seat.hear(said(host))
+    assert not [o for o in orders if o.kind == "grant"]
+    asked[0]([])
+    [grant] = [o for o in orders if o.kind == "grant"]
+    assert grant["slot"] != 0 and grant["step"] >= 9
+    assert seat.watch is not None and seat.watch.guard is not None and seat.watch.guard.number >= 7
+    assert seat.watch.held() == {key}
