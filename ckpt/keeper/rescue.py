@@ -82,8 +82,10 @@ class Rescue:
     def of(self, held: Held) -> Callable[[], Any] | None:
         """For the lead: what writes a step, in the storage thread; None if the keepers of all of its parts are there."""
         there = {self._host, *(p.host for p in self._loop.peers if p.role == "host")}
+        if there >= set(held.hosts.values()):
+            return None
         wreck = self._wreck()
-        return None if there >= set(held.hosts.values()) else lambda: rescue(wreck, (held.generation, held.step))
+        return lambda: rescue(wreck, (held.generation, held.step))
 
     def _wreck(self) -> Wreck:
         life = self._life()
