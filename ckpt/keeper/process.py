@@ -97,6 +97,7 @@ class Keeper:
         self.shield.close()
         self.tier.close()
         self._writing.close()
+        self.vault.close()
 
     def _over(self) -> bool:
         if self._writing.busy or self.seat.busy or self.averaging.busy:

@@ -93,6 +93,13 @@ class Vault:
         for name in [n for n, (_, plan, _) in self._plans.items() if id(plan) not in used][:-2]:
             del self._plans[name]
 
+    def close(self) -> None:
+        """Lets go of everything."""
+        self.held.clear()
+        for memory in self._memory.values():
+            memory.close()
+        self._memory.clear()
+
     @property
     def slots(self) -> int:
         """One more than the highest number of a slot."""

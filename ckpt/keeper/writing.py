@@ -140,3 +140,5 @@ class Writing:
         """Once nothing is being written."""
         self._storage.shutdown()
         self._rows.shutdown()
+        for rank in list(self._tails):
+            self.listen(rank, ())

@@ -120,7 +120,9 @@ def _kept_by_a_thread(folder: str) -> None:
         t("restore")
         t("seal", 2)
         last = t("train", 1)
-        assert t.finish()["last_step"] == last
+        assert t("close")["last_step"] == last
+        until(lambda: t("mapped") == 0, "all memory is given back, also what the thread held")
+        t.leave()
         nothing_left(run)
         check_stored(run, last)
 
