@@ -277,7 +277,7 @@ def test_a_copy_that_fails_opens_the_fence() -> None:
     job = Job("AdamW")
     copying = Copying(job)
     try:
-        broken = copying.prepared.sources[copying.prepared.lazy.index(True)]
+        broken = copying.prepared.sources[copying.prepared.lazy.tolist().index(True)]
 
         def fail(*_: Any) -> None:
             raise OSError("gone")
