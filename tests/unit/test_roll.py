@@ -171,6 +171,28 @@ class Job:
         else:
             module.register_buffer(name, torch.rand(2), persistent=pick.random() < 0.7)
 
+    def replace_buffer(self, pick: random.Random) -> None:
+        module, name = self.some_buffer(pick)
+        setattr(module, name, torch.rand(4))
+
+    def swap_buffer_data(self, pick: random.Random) -> None:
+        module, name = self.some_buffer(pick)
+        module._buffers[name].data = torch.rand(4)  # type: ignore[union-attr]
+
+    def rename_buffer(self, pick: random.Random) -> None:
+        module, name = self.some_buffer(pick)
+        other = "else" if "else" not in module._buffers else "running_mean"
+        module._buffers = {other if n == name else n: b for n, b in module._buffers.items()}
+
+    def pass_over_buffer(self, pick: random.Random) -> None:
+        module, name = self.some_buffer(pick)
+        module._non_persistent_buffers_set ^= {name}
+
+    def some_buffer(self, pick: random.Random) -> tuple[nn.Module, str]:
+        """Of those with four numbers."""
+        norm = self.model[1]
+        return norm, pick.choice([n for n, b in norm._buffers.items() if b is not None and b.numel() == 4])
+
     def add_hyper(self, pick: random.Random) -> None:
         pick.choice(self.state["sgd"].param_groups)[f"h{pick.randrange(3)}"] = pick.random()
 
@@ -224,7 +246,8 @@ class Job:
         forget_gradients,
     )
     rebuilds = (
-        step, replace_parameter, swap_data, swap_dtype, swap_moment, tie, remove_bias, add_module, add_buffer, add_hyper,
+        step, replace_parameter, swap_data, swap_dtype, swap_moment, tie, remove_bias, add_module, add_buffer, replace_buffer,
+        swap_buffer_data, rename_buffer, pass_over_buffer, add_hyper,
         regroup, load_optimizer, add_key, replace_tensor, append, order_of_keys, swap_models, lose_the_model,
     )  # fmt: skip
 
