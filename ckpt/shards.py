@@ -135,12 +135,13 @@ def like(held: Held, name: str, value: Any) -> Held:
 
 def _local(name: str, value: torch.Tensor) -> torch.Tensor:
     """The plain strided memory of a local tensor, with nothing pending on it."""
-    if type(value) not in _PLAIN_TYPES and not isinstance(value, nn.Parameter):
-        raise LayoutError(
-            f"tensor {name!r}: {type(value).__name__} has no __tensor_flatten__; declare it with ckpt.Shard"
-        )
-    if nn.parameter.is_lazy(value):
-        raise LayoutError(f"tensor {name!r} is not initialised yet; run one forward pass first")
+    if type(value) not in _PLAIN_TYPES:
+        if not isinstance(value, nn.Parameter):
+            raise LayoutError(
+                f"tensor {name!r}: {type(value).__name__} has no __tensor_flatten__; declare it with ckpt.Shard"
+            )
+        if nn.parameter.is_lazy(value):
+            raise LayoutError(f"tensor {name!r} is not initialised yet; run one forward pass first")
     if value.is_meta:
         raise LayoutError(f"tensor {name!r} is on the meta device and holds no values; initialise or load it first")
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:

@@ -192,23 +192,25 @@ _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module
 _DATA_PARALLEL = ("DistributedDataParallel", "DataParallel")
 
 
-def _clean(module: nn.Module) -> dict[str, str]:
-    """Module path -> the same path without the segments that wrappers add."""
-    out = {"": ""}
-    for path, child in module.named_modules(remove_duplicate=False):
-        base = out[path]
-        for name in child._modules:
-            hidden = name in _TRANSPARENT or (name == "module" and type(child).__name__ in _DATA_PARALLEL)
-            out[f"{path}.{name}" if path else name] = base if hidden else f"{base}{name}."
+def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(what its leaves' names begin with, module) of all below a module and itself, in the order of `named_modules`, without
+    the segments that wrappers add."""
+    out, todo = [], [("", module)]
+    while todo:
+        prefix, owner = todo.pop()
+        out.append((prefix, owner))
+        parallel = type(owner).__name__ in _DATA_PARALLEL
+        for name, child in reversed(owner._modules.items()):
+            if child is not None:
+                hidden = name in _TRANSPARENT or (parallel and name == "module")
+                todo.append((prefix if hidden else f"{prefix}{name}.", child))
     return out
 
 
 def module_leaves(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor | None]]:
     """(clean name, owner, attribute, tensor) of all parameters and persistent buffers, tied ones under every name;
     tensor None and attribute "_extra_state" where a module has extra state."""
-    clean = _clean(module)
-    for path, owner in module.named_modules(remove_duplicate=False):
-        prefix = clean[path]
+    for prefix, owner in _modules(module):
         for name, p in owner._parameters.items():
             if p is not None:
                 yield prefix + name, owner, name, p
@@ -298,14 +300,14 @@ def _flat_parameters(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Ow
 
     Yields the flat parameter itself and, with use_orig_params=True, the local views that stand for each.
     """
-    clean = _clean(module)
-    for path, child in module.named_modules():
-        handle = getattr(child, "_handle", None)
+    seen = set()
+    for prefix, child in _modules(module):
+        handle = child.__dict__.get("_handle") if id(child) not in seen else None
+        seen.add(id(child))
         flat = getattr(handle, "flat_param", None)
         if handle is None or flat is None or not hasattr(flat, "_shard_param_infos"):
             continue
         local = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
-        prefix = clean[path]
         owners, views = [], getattr(flat, "_params", None) or [None] * len(flat._fqns)
         for fqn, shape, info, view in zip(flat._fqns, flat._shapes, flat._shard_param_infos, views, strict=True):
             name = prefix + ".".join(s for s in fqn.split(".") if s not in _TRANSPARENT)
