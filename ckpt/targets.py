@@ -3,10 +3,8 @@ is read."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,47 +16,12 @@ from ckpt.errors import FormatError, MismatchError
 from ckpt.format.manifest import Manifest, ObjectEntry
 from ckpt.objects import decode_object
 from ckpt.optim import Owner, for_owner, group_clashes, group_hyper, new_state, regroup
+from ckpt.options import LoadOptions, matches
 from ckpt.scopes import AUTO
 from ckpt.shards import Held, hold, is_tensor, is_wrapped, parts
 from ckpt.state import Stateful, module_leaves, owners_of, walk
 
 __all__ = ["LoadOptions", "Matching", "Wanted", "matches"]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load.
-
-    only             names or globs of the leaves to load; the rest of the state is left alone
-    rename           {prefix in the checkpoint: prefix in the state}
-    allow_missing    names or globs of leaves that may be absent from the checkpoint (they keep their values)
-    allow_unexpected names or globs of stored leaves that the state need not have
-    cast             convert tensors whose dtype differs (else that is an error)
-    allow_pickle     read objects that were stored with pickle
-    exchange         read each byte that is needed once a job, not once a rank: the ranks pass it on (not of a recipe)
-    """
-
-    only: Sequence[str] | None = None
-    rename: Mapping[str, str] = field(default_factory=dict)
-    allow_missing: Sequence[str] = ()
-    allow_unexpected: Sequence[str] = ()
-    cast: bool = False
-    allow_pickle: bool = False
-    exchange: bool = False
-
-    def wants(self, name: str) -> bool:
-        return self.only is None or matches(name, self.only)
-
-    def stored_name(self, name: str) -> str:
-        for stored, here in self.rename.items():
-            if name == here or name.startswith(here.rstrip(".") + "."):
-                return stored.rstrip(".") + name[len(here.rstrip(".")) :]
-        return name
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a leaf is named by one of the patterns: a glob, a name, or the name of something above it."""
-    return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
 
 
 class Wanted(NamedTuple):
@@ -93,7 +56,12 @@ class Matching:
         used = np.zeros(len(self.manifest.tensors), dtype=bool)
         used[[w.tensor for w in self.tensors.values()]] = True
         head = json.dumps(
-            {"problems": self.problems, "objects": sorted(self.used_objects), "strict": sorted(self.strict)}
+            {
+                "problems": self.problems,
+                "objects": sorted(self.used_objects),
+                "strict": sorted(self.strict),
+                "bytes": sum([view.nbytes for w in self.tensors.values() for _, view in w.held.pieces]),
+            }
         ).encode()
         return len(head).to_bytes(8, "little") + head + np.packbits(used).tobytes()
 
@@ -212,7 +180,8 @@ class Matching:
     def _whole_tensor(self, name: str, value: Any) -> None:
         if not self.options.wants(name):
             return
-        index = self._find(self.options.stored_name(name))
+        stored = self.options.stored_name(name) if self.options.rename else name
+        index = self._find(stored)
         if index is None:
             self._missing(name)
             return
