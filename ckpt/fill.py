@@ -12,6 +12,7 @@ import torch
 
 from ckpt.backends import Backend
 from ckpt.backends.base import ReadsAhead
+from ckpt.backends.direct import read_once
 from ckpt.config import settings
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
@@ -24,6 +25,8 @@ __all__ = ["Fill", "fill", "planned"]
 
 _STAGE = 64 << 20
 _REQUESTS = 8  # that a store is asked at once
+_STREAMS = 3  # reads past the page cache: the disk has work while what came before is checked and put in its place
+_MUCH = 64 << 20  # bytes for which it is worth while
 
 
 class Fill(NamedTuple):
@@ -34,20 +37,40 @@ class Fill(NamedTuple):
     view: torch.Tensor
 
 
-def fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int) -> ReadStats:
+def fill(
+    backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int, *, apart: bool = False
+) -> ReadStats:
     """Fills all views; what cannot be read in place (another device or dtype, a conjugate) goes by way of 64 MiB.
 
-    `world`: how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do.
+    `world`: how many ranks the job has, which share this host unless LOCAL_WORLD_SIZE says how many do. `apart`: no two of
+    them need the same bytes, so that files which are not in the page cache are read past it.
     Raises what `read_targets` does.
     """
+    if apart and sum([w.view.nbytes for w in wanted]) >= _MUCH:
+        once = read_once(backend)
+        try:
+            return _fill(once, folder, manifest, wanted, world)
+        finally:
+            if once is not backend:
+                once.close()
+    return _fill(backend, folder, manifest, wanted, world)
+
+
+def _fill(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], world: int) -> ReadStats:
+    streams = settings().readers or _STREAMS
     threads = settings().readers or (_REQUESTS if isinstance(backend, ReadsAhead) else _threads(world))
-    direct = [Target(w.tensor, w.box, _as_numpy(w.view)) for w in wanted if _in_place(manifest, w)]
-    staged = [w for w in wanted if not _in_place(manifest, w)]
-    stats = read_targets(backend, folder, manifest, direct, threads=threads, at_once=True)
+    direct: list[Target] = []
+    staged: list[Fill] = []
+    for w in wanted:
+        if _in_place(manifest, w):
+            direct.append(Target(w.tensor, w.box, _as_numpy(w.view)))
+        else:
+            staged.append(w)
+    stats = read_targets(backend, folder, manifest, direct, threads=threads, streams=streams, at_once=True)
     for batch in _batches(staged):
         fresh = [torch.empty(b.shape, dtype=getattr(torch, manifest.tensors[t].dtype)) for t, b, _ in batch]
         targets = [Target(t, b, _as_numpy(new)) for (t, b, _), new in zip(batch, fresh, strict=True)]
-        more = read_targets(backend, folder, manifest, targets, threads=threads, at_once=True)
+        more = read_targets(backend, folder, manifest, targets, threads=threads, streams=streams, at_once=True)
         stats = ReadStats(stats.needed + more.needed, stats.read + more.read)
         for item, new in zip(batch, fresh, strict=True):
             item.view.copy_(new)
@@ -67,7 +90,7 @@ def planned(manifest: Manifest, wanted: Sequence[Fill]) -> list[Target]:
 def _in_place(manifest: Manifest, item: Fill) -> bool:
     view = item.view
     as_it_is = dtype_name(view.dtype) == manifest.tensors[item.tensor].dtype
-    return as_it_is and view.device.type == "cpu" and not view.is_conj() and not view.is_neg()
+    return as_it_is and view.is_cpu and not view.is_conj() and not view.is_neg()
 
 
 def _threads(world: int) -> int:

@@ -24,7 +24,6 @@ from ckpt.config import undisturbed
 from ckpt.errors import FormatError, IntegrityError, MismatchError, NotFoundError
 from ckpt.exchange import fill_together
 from ckpt.fill import Fill, fill
-from ckpt.format.manifest import Manifest
 from ckpt.merge.load import fill_blend
 from ckpt.merge.recipe import Recipe
 from ckpt.merge.stream import Blend
@@ -37,6 +36,8 @@ __all__ = ["LoadOptions", "LoadReport", "load_folder", "load_ref"]
 
 log = logging.getLogger("ckpt")
 _SHOWN = 20
+_APART = b"apart"
+_COPIED = 0.05  # of the bytes may be needed twice: biases and norms are copies where all the rest is cut
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,6 @@ def _gone(backend: Backend, folder: str, group: Group) -> bool:
     return group.round("gone", b"", lambda _: b"" if exists(backend, folder) else b"gone") == b"gone"
 
 
-def _fill_alone(backend: Backend, folder: str, manifest: Manifest, wanted: Sequence[Fill], group: Group) -> ReadStats:
-    return fill(backend, folder, manifest, wanted, group.world)
-
-
 class _Stored:
     """One committed step as what a load reads from; `ckpt.merge.stream.Blend` is the other."""
 
@@ -132,7 +129,7 @@ def _load(
     except Exception as e:
         payload = e
     folder = ref.rpartition("/")[2]
-    group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options))
+    apart = group.round(f"match {folder}", payload, lambda letters: _compare(letters, plan, options)) == _APART
     assert source is not None and plan is not None
     stats = ReadStats()
     try:
@@ -140,8 +137,11 @@ def _load(
         if isinstance(source, Blend) and found is not None:
             stats = fill_blend(source, found, wanted, group.world)
         elif isinstance(source, _Stored):
-            share = fill_together if options.exchange and group.world > 1 else _fill_alone
-            stats = share(source.backend, source.commit.folder, plan.manifest, wanted, group)
+            place = source.backend, source.commit.folder, plan.manifest
+            if options.exchange and group.world > 1:
+                stats = fill_together(*place, wanted, group)
+            else:
+                stats = fill(*place, wanted, group.world, apart=apart)
         for action in plan.finish:
             action()
         source.close()  # an open file would keep a pack that retention deletes
@@ -167,12 +167,13 @@ def _load(
 
 
 def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptions) -> bytes:
-    """All differences of all ranks, at once."""
+    """All differences of all ranks, at once; if there are none, whether no two ranks need the same bytes."""
     assert plan is not None
     problems: dict[str, list[str]] = {}
     used_tensors = np.zeros(len(plan.manifest.tensors), dtype=bool)
     used_objects: set[str] = set()
     strict: set[str] = set()
+    needed = 0
     for letter in letters:
         head_size = int.from_bytes(letter[:8], "little")
         head = json.loads(letter[8 : 8 + head_size])
@@ -182,6 +183,7 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
         bits = np.unpackbits(np.frombuffer(letter[8 + head_size :], dtype=np.uint8), count=len(used_tensors))
         used_tensors |= bits.astype(bool)
         used_objects |= set(head["objects"])
+        needed += head["bytes"]
         strict |= set(head["strict"])
     seen = {plan.manifest.tensors[i].name for i in np.flatnonzero(used_tensors).tolist()}
     stored = [t.name for t in plan.manifest.tensors if t.name not in seen]
@@ -206,7 +208,8 @@ def _compare(letters: Sequence[bytes], plan: Matching | None, options: LoadOptio
             "state and checkpoint do not fit; nothing was loaded. " + "; ".join(text) + ". Mend the state, or see "
             "only=, rename=, allow_missing=, allow_unexpected= and cast="
         )
-    return b""
+    held = sum(plan.manifest.tensors[i].nbytes for i in np.flatnonzero(used_tensors).tolist())
+    return _APART if needed <= held * (1 + _COPIED) else b""
 
 
 def _begin(plan: Matching) -> list[Fill]:

@@ -1,7 +1,8 @@
-"""Who reads what, and the reading: wanted boxes ∩ stored boxes -> byte ranges -> checked bytes in place.
+"""The reading of what `ckpt.ranges` found: ranges of packs -> checked bytes in place.
 
-Knows no torch: a target is a numpy array over whatever memory the bytes belong in. Every block that is touched is
-read whole and checked before any of it is used; blocks that lie contiguously in the target are read right there.
+Every block that is touched is read whole and checked. What lies in the target as it does in the file is read right there,
+with one call for what is next to one another, and checked while it is in the core's own cache; other bytes, and all that
+come from a store or past the page cache, go by way of scratch memory.
 """
 
 from __future__ import annotations
@@ -18,201 +19,45 @@ import numpy.typing as npt
 
 from ckpt.backends import Backend
 from ckpt.backends.base import ReadsAhead
-from ckpt.errors import FormatError
-from ckpt.format.codec import BLOCK, n_blocks
+from ckpt.backends.direct import PAGE, ReadOnce, memory_for_disks
+from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.dtypes import dtype
-from ckpt.format.fragment import Box, contiguous_span
 from ckpt.format.manifest import Manifest
+from ckpt.ranges import SCRATCH, Segment, Target, bounds, plan_reads
 from ckpt.stored import Pack, ReadStats, StoredFragment
 
 __all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
 _JOB = 1 << 20  # bytes of one read: few enough to be checked while still in the core's own cache
-_RANGE = 8 << 20  # where a read is a request over a network
-_SCRATCH = 4 << 20
+_PAST = (
+    4 << 20
+) - BLOCK  # where a read is one from the disk; with what is before it in its page it fits two huge pages
+_RANGE = 8 << 20  # where it is a request over a network
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a box of a stored tensor is to go: `array` has the box's shape and the dtype's numpy type."""
-
-    tensor: int
-    box: Box
-    array: npt.NDArray[np.generic]
-
-
-class Segment(NamedTuple):
-    """Blocks [first, first+count) of one stored fragment and what to do with their raw bytes.
-
-    The fragment is row `row` of the manifest and has `shape`. `direct`: bytes of the target to which they go as they
-    are. Otherwise they are read into scratch memory and `box` (relative to the fragment) is copied to `out`.
-    """
-
-    row: int
-    tensor: int
-    shape: tuple[int, ...]
-    first: int
-    blocks: int
-    nbytes: int
-    direct: memoryview | None
-    box: Box | None = None
-    out: npt.NDArray[np.generic] | None = None
-
-
-def plan_reads(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[Segment]]:
-    """Pack -> segments, in file order. Raises FormatError if a target is not fully covered by stored fragments."""
-    found: list[tuple[int, Segment]] = []
-    for target in targets:
-        t, box, array = target.tensor, target.box, target.array
-        if not array.size:
-            continue
-        row = manifest.find_box(t, box) if array.flags.c_contiguous else None
-        if row is not None:
-            found.append((row, Segment(row, t, box.shape, 0, n_blocks(array.nbytes), array.nbytes, _raw(array))))
-        else:
-            found.extend((segment.row, segment) for segment in _partly(manifest, target))
-    rows = np.array([row for row, _ in found], dtype=np.int64)
-    first = np.array([segment.first for _, segment in found], dtype=np.int64)
-    pack = manifest.pack[rows]
-    order = np.lexsort((first, manifest.offset[rows], pack))
-    out: dict[int, list[Segment]] = {}
-    for k, p in zip(order.tolist(), pack[order].tolist(), strict=True):
-        out.setdefault(p, []).append(found[k][1])
-    return out
-
-
-def _raw(array: npt.NDArray[np.generic]) -> memoryview:
-    """The bytes of a contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _partly(manifest: Manifest, target: Target) -> Iterator[Segment]:
-    """The segments of a target that is not one stored fragment."""
-    box, array = target.box, target.array
-    spec, found = manifest.tensors[target.tensor], 0
-    base, item = int(manifest.start[target.tensor]), dtype(spec.dtype).itemsize
-    memory = _raw(array) if array.flags.c_contiguous else None
-    row = array.nbytes // box.shape[0] if box.shape else 0
-    for k, stored in _touching(manifest, target.tensor, box):
-        if memory is not None and stored.offset[1:] == box.offset[1:] and stored.shape[1:] == box.shape[1:]:
-            # Whole rows of the same width, one run on both sides: what resharding along the first axis comes down to.
-            lo = max(stored.offset[0], box.offset[0])
-            hi = min(stored.offset[0] + stored.shape[0], box.offset[0] + box.shape[0])
-            if lo < hi:
-                found += (hi - lo) * row // item
-                first, n, at = (lo - stored.offset[0]) * row, (hi - lo) * row, (lo - box.offset[0]) * row
-                yield from _runs(base + k, target, stored, first, n, at, item, memory)
-            continue
-        common = stored & box
-        if common is not None:
-            found += common.numel
-            yield from _segments(base + k, stored, common, target, item, memory)
-    if found != box.numel:
-        raise FormatError(f"tensor {spec.key!r}: the manifest holds {found} of the {box.numel} elements of {box}")
-
-
-def _touching(manifest: Manifest, t: int, box: Box) -> Iterator[tuple[int, Box]]:
-    """(number, box) of the stored boxes of tensor t that may meet `box`."""
-    if not box.shape or manifest.start[t + 1] - manifest.start[t] <= 8:
-        yield from enumerate(manifest.box_list(t))
-        return
-    boxes = manifest.boxes(t)
-    lo, hi = np.array(box.offset), np.array(box.stop)
-    which = np.flatnonzero(((boxes[:, 0] < hi) & (boxes[:, 0] + boxes[:, 1] > lo)).all(axis=1))
-    for k, (offset, shape) in zip(which.tolist(), boxes[which].tolist(), strict=True):
-        yield k, Box(tuple(offset), tuple(shape))
-
-
-def _segments(
-    row: int, stored: Box, common: Box, target: Target, item: int, memory: memoryview | None
-) -> Iterator[Segment]:
-    inside, there = common.relative_to(stored), common.relative_to(target.box)
-    total = stored.numel * item
-    source = contiguous_span(stored.shape, inside)
-    place = contiguous_span(target.box.shape, there)
-    if memory is not None and source is not None and place is not None:
-        yield from _runs(row, target, stored, source[0] * item, source[1] * item, place[0] * item, item, memory)
-        return
-    out = target.array[there.slices]
-    for slab in _slabs(stored.shape, inside, item):
-        lo, hi = _bounds(stored.shape, slab, item)
-        first, count, nbytes = _blocks(lo, hi, total)
-        yield Segment(
-            row, target.tensor, stored.shape, first, count, nbytes, None, slab, out[slab.relative_to(inside).slices]
-        )
-
-
-def _runs(
-    row: int, target: Target, stored: Box, lo: int, n: int, at: int, item: int, memory: memoryview
-) -> Iterator[Segment]:
-    """Bytes [lo, lo+n) of a fragment, one run in the target too, from its byte `at`: whole blocks in place, the edges
-    through scratch."""
-    total = stored.numel * item
-    hi = lo + n
-    inner_lo = min(-(-lo // BLOCK) * BLOCK, hi)
-    inner_hi = hi if hi == total else max(hi // BLOCK * BLOCK, inner_lo)
-    if inner_lo < inner_hi:
-        first, count, nbytes = _blocks(inner_lo, inner_hi, total)
-        direct = memory[at + inner_lo - lo : at + inner_hi - lo]
-        yield Segment(row, target.tensor, stored.shape, first, count, nbytes, direct)
-    for a, b in ((lo, inner_lo), (inner_hi, hi)):
-        if a < b:
-            first, count, nbytes = _blocks(a, b, total)
-            view = target.array.reshape(-1)[(at + a - lo) // item : (at + b - lo) // item]
-            box = Box((a // item,), ((b - a) // item,))
-            yield Segment(row, target.tensor, stored.shape, first, count, nbytes, None, box, view)
-
-
-def _blocks(lo: int, hi: int, total: int) -> tuple[int, int, int]:
-    """(first block, number, their raw bytes) that cover bytes [lo, hi) of a fragment of `total` bytes."""
-    first, stop = lo // BLOCK, n_blocks(hi)
-    return first, stop - first, min(stop * BLOCK, total) - first * BLOCK
-
-
-def _bounds(shape: tuple[int, ...], box: Box, item: int) -> tuple[int, int]:
-    """The bytes of a row-major array of `shape` from the first to the last element of `box`."""
-    first = last = 0
-    for n, o, s in zip(shape, box.offset, box.shape, strict=True):
-        first, last = first * n + o, last * n + o + s - 1
-    return first * item, (last + 1) * item
-
-
-def _slabs(shape: tuple[int, ...], box: Box, item: int) -> Iterator[Box]:
-    """Cuts a box of a fragment into boxes whose bytes, from first to last, fit the scratch memory, and which do not
-    span long stretches that nobody asked for."""
-    lo, hi = _bounds(shape, box, item)
-    wide = hi - lo > _SCRATCH - 2 * BLOCK
-    sparse = hi - lo > 4 * BLOCK and hi - lo > 2 * box.numel * item
-    d = next((d for d, s in enumerate(box.shape) if s > 1), None)
-    if d is None or not (wide or sparse):
-        yield box
-        return
-    half = box.shape[d] // 2
-    for o, s in ((box.offset[d], half), (box.offset[d] + half, box.shape[d] - half)):
-        yield from _slabs(
-            shape, Box((*box.offset[:d], o, *box.offset[d + 1 :]), (*box.shape[:d], s, *box.shape[d + 1 :])), item
-        )
+_MANY = 512  # parts of one read, at most
 
 
 class _Part(NamedTuple):
-    """A segment, or some blocks of one, as bytes [lo, hi) of a pack. `place`: where the stored bytes go, None for
-    scratch memory."""
+    """A segment, or some blocks of one, as bytes [lo, hi) of a pack, from block `first` of the fragment on, which is `block`
+    of the pack. `place`: where the stored bytes but the first `head` go, None for scratch memory."""
 
     segment: Segment
-    fragment: StoredFragment
-    first: int
     lo: int
     hi: int
+    first: int
+    block: int
+    head: int
     place: memoryview | None
 
 
 @dataclass(slots=True)
 class _Job:
-    """One range of a pack: neighbouring parts, read with one call."""
+    """One range of a pack: neighbouring parts, read with one call. `room`: bytes of the scratch memory by way of which jobs
+    like this one are read; 0 for reads in place."""
 
     pack: Pack
+    room: int
     start: int
     stop: int
     parts: list[_Part] = field(default_factory=list)
@@ -225,6 +70,7 @@ def read_targets(
     targets: Sequence[Target],
     *,
     threads: int = 2,
+    streams: int = 0,
     at_once: bool = False,
     progress: Callable[[int], None] | None = None,
     opened: dict[int, Pack] | None = None,
@@ -232,15 +78,15 @@ def read_targets(
     """Fills all targets from the packs under `folder`. Returns what it took.
 
     `at_once`: that is all that will be read. Where a backend reads ahead, the plan then knows better: ranges of up to 8 MiB
-    are asked for as they are, and nothing else. `opened`: packs that a call before this one has opened, by index; afterwards
-    those that this one needed.
+    are asked for as they are, and nothing else; past the page cache, ranges of almost 4 MiB. `opened`: packs that a call
+    before this one has opened, by index; afterwards those that this one needed.
 
-    Uses `threads` threads with 4 MiB of scratch memory each, or 8 MiB then. Raises IntegrityError naming file, block and tensor
+    Uses `threads` threads with 4 MiB of scratch memory each, or 8 MiB then; past the page cache `streams`, if that is more. Raises IntegrityError naming file, block and tensor
     for the first bytes that are not what was written; the targets' content is then undefined.
     """
-    stats = ReadStats(needed=sum(t.array.nbytes for t in targets))
+    stats = ReadStats(needed=sum([t.array.nbytes for t in targets]))
     plan = plan_reads(manifest, targets)
-    far = at_once and isinstance(backend, ReadsAhead)
+    far = at_once and isinstance(backend, ReadsAhead | ReadOnce)
     known = {} if opened is None else opened
     fresh = [index for index in sorted(plan) if index not in known]
     packs = {p.index: p for p in _open(backend, folder, manifest, fresh, stats, threads if far else 1)}
@@ -248,11 +94,19 @@ def read_targets(
     if opened is not None:
         opened.clear()
         opened.update(packs)
-    size = _RANGE if far else _JOB
-    jobs = itertools.chain.from_iterable(_jobs(packs[index], plan[index], size) for index in sorted(packs))
+    jobs = itertools.chain.from_iterable(_jobs(packs[p], plan[p], _size(packs[p], at_once)) for p in sorted(packs))
+    if any(_size(pack, at_once) == _PAST for pack in packs.values()):
+        threads = max(threads, streams)
     few = stats.needed < 4 * _JOB
-    stats.read += _run_all(jobs, 1 if few else threads, _ask if far else _run, size if far else _SCRATCH, progress)
+    stats.read += _run_all(jobs, 1 if few else threads, progress)
     return stats
+
+
+def _size(pack: Pack, at_once: bool) -> int:
+    """Bytes of one read of a pack."""
+    if at_once and isinstance(pack.backend, ReadsAhead):
+        return _RANGE
+    return _PAST if at_once and isinstance(pack.backend, ReadOnce) and pack.backend.goes_past(pack.path) else _JOB
 
 
 def _open(
@@ -273,49 +127,47 @@ def _open(
 def _jobs(pack: Pack, segments: Sequence[Segment], size: int) -> Iterator[_Job]:
     """Joins neighbouring segments into ranges of about `size` bytes; cuts long ones at blocks."""
     job: _Job | None = None
-    fragment: StoredFragment | None = None
-    row = -1
-    for segment in segments:
-        if segment.row != row or fragment is None:
-            row = segment.row
-            fragment = pack.fragment(row, segment.tensor, segment.shape)
-        for part in _parts(pack, segment, fragment, size):
-            lo, hi = part.lo, part.hi
-            if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > size:
-                if job is not None:
-                    yield job
-                job = _Job(pack, lo, hi)
-            job.parts.append(part)
-            job.stop = hi
+    for part in _parts(pack, segments, size):
+        lo, hi = part.lo, part.hi
+        if job is None or lo < job.stop or lo - job.stop > _GAP or hi - job.start > size or len(job.parts) == _MANY:
+            if job is not None:
+                yield job
+            job = _Job(pack, size if size > _JOB else 0, lo, hi)
+        job.parts.append(part)
+        job.stop = hi
     if job is not None:
         yield job
 
 
-def _parts(pack: Pack, segment: Segment, fragment: StoredFragment, size: int) -> Iterator[_Part]:
-    """One part, or parts of one job each of a long segment whose stored bytes are read in place."""
-    first, at = segment.first, fragment.offset
-    if fragment.codec is not None:
-        starts = pack.starts(fragment)
-        assert starts is not None
-        yield _Part(segment, fragment, first, at + int(starts[first]), at + int(starts[first + segment.blocks]), None)
-        return
-    at += first * BLOCK
-    place = segment.direct
-    if place is None or segment.nbytes <= size:
-        yield _Part(segment, fragment, first, at, at + segment.nbytes, place)
-        return
-    for k in range(0, segment.nbytes, size):
-        view = place[k : k + size]
-        yield _Part(segment, fragment, first + k // BLOCK, at + k, at + k + len(view), view)
+def _parts(pack: Pack, segments: Sequence[Segment], size: int) -> Iterator[_Part]:
+    """One part of each segment, or parts of one job each of a long one that is read in place."""
+    m = pack.manifest
+    rows = [segment.row for segment in segments]
+    offsets, blocks = m.offset[rows].tolist(), m.block[rows].tolist()
+    coded = m.codec[rows].tolist() if m.codec is not None else [0] * len(rows)
+    for segment, offset, block, code in zip(segments, offsets, blocks, coded, strict=True):
+        first, nbytes, place, head = segment.first, segment.nbytes, segment.direct, segment.skip
+        block += first
+        if code:
+            starts = pack.starts(_fragment(pack, segment))
+            assert starts is not None
+            lo, hi = offset + int(starts[first]), offset + int(starts[first + segment.blocks])
+            yield _Part(segment, lo, hi, first, block, 0, None)
+            continue
+        lo = offset + first * BLOCK
+        if place is None or nbytes <= size:
+            yield _Part(segment, lo, lo + nbytes, first, block, head, place)
+            continue
+        for at in range(0, nbytes, size):
+            view, n = place[max(0, at - head) : at + size - head], at // BLOCK
+            yield _Part(segment, lo + at, lo + min(at + size, nbytes), first + n, block + n, max(0, head - at), view)
 
 
-def _run_all(
-    jobs: Iterator[_Job],
-    threads: int,
-    run: Callable[[_Job, memoryview], None],
-    scratch_size: int,
-    progress: Callable[[int], None] | None,
-) -> int:
+def _fragment(pack: Pack, segment: Segment) -> StoredFragment:
+    return pack.fragment(segment.row, segment.tensor, segment.shape)
+
+
+def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None] | None) -> int:
     """Runs all jobs; each is made while others are read. Returns the bytes read."""
     failed: list[BaseException] = []
     total = 0
@@ -323,14 +175,14 @@ def _run_all(
 
     def work() -> None:
         nonlocal total
+        scratch = _Scratch()
         try:
-            scratch = memoryview(np.empty(scratch_size, dtype=np.uint8))
             while not failed:
                 with lock:
                     job = next(jobs, None)
                 if job is None:
                     return
-                run(job, scratch)
+                (_by_way if job.room else _in_place)(job, scratch)
                 with lock:
                     total += job.stop - job.start
                     if progress is not None:
@@ -349,78 +201,140 @@ def _run_all(
     return total
 
 
-def _run(job: _Job, scratch: memoryview) -> None:
-    """One read call, then check and place each part."""
-    pack, first = job.pack, job.parts[0]
-    if first.place is not None and len(job.parts) == 1:
-        pack.backend.read(pack.path, job.start, [first.place])
-        pack.check(first.fragment, first.first, first.place)
-        return
+class _Scratch:
+    """Memory for what is not read in place, of one thread; none is taken before it is needed."""
+
+    def __init__(self) -> None:
+        self._small: memoryview | None = None
+        self._large: memoryview | None = None
+        self._used = 0
+
+    def begin(self) -> None:
+        """What was taken before is not needed any more."""
+        self._used = 0
+
+    def take(self, size: int) -> memoryview:
+        """Memory for some part of a job."""
+        if self._small is None:
+            self._small = memoryview(np.empty(SCRATCH, dtype=np.uint8))
+        at = self._used
+        if at + size > SCRATCH:
+            return memoryview(np.empty(size, np.uint8))
+        self._used = at + -(-size // 64) * 64
+        return self._small[at : at + size]
+
+    def like(self, job: _Job) -> memoryview:
+        """Memory for a whole job, which lies in its page as the bytes do in theirs in the file."""
+        size = job.stop - job.start
+        if self._large is None or len(self._large) < size + PAGE:
+            self._large = memory_for_disks(-(-(max(size, job.room) + PAGE) // BLOCK) * BLOCK)
+        return self._large[job.start % PAGE :][:size]
+
+
+def _in_place(job: _Job, scratch: _Scratch) -> None:
+    """One read call, each part to where it belongs; then each is checked."""
+    pack, parts = job.pack, job.parts
     into: list[memoryview] = []
-    read: list[tuple[_Part, memoryview]] = []
-    at, used = job.start, 0
-    for part in job.parts:
-        size, place = part.hi - part.lo, part.place
-        if part.lo > at:
-            into.append(memoryview(bytearray(part.lo - at)))
+    read: list[memoryview | list[memoryview]] = []
+    at = job.start
+    scratch.begin()
+    for _, lo, hi, _, _, head, place in parts:
+        if lo > at:
+            into.append(scratch.take(lo - at))
+        at = hi
         if place is None:
-            if used + size <= len(scratch):
-                place = scratch[used : used + size]
-                used += -(-size // 64) * 64
-            else:
-                place = memoryview(np.empty(size, np.uint8))
+            place = scratch.take(hi - lo)
+        elif len(place) != hi - lo:
+            views = [scratch.take(head)] if head else []
+            views.append(place)
+            if tail := hi - lo - head - len(place):
+                views.append(scratch.take(tail))
+            into += views
+            read.append(views)
+            continue
         into.append(place)
-        read.append((part, place))
-        at = part.hi
+        read.append(place)
     pack.backend.read(pack.path, job.start, into)
-    for part, place in read:
-        if part.fragment.codec is None:
-            pack.check(part.fragment, part.first, place)
-        if part.place is None:
-            _put(pack, part, place)
+    expected = pack.crc
+    for part, there in zip(parts, read, strict=True):
+        if isinstance(there, list):
+            _check_pieces(pack, part, there)
+        elif part.place is None:
+            _put(pack, part, there)
+        elif len(there) > BLOCK or crc32c(there) != expected[part.block]:
+            _check(pack, part, there)
 
 
-def _ask(job: _Job, scratch: memoryview) -> None:
-    """The same with one request: into the target if that is all of it, else into scratch memory and on from there."""
+def _by_way(job: _Job, scratch: _Scratch) -> None:
+    """One request, into the target if that is all of it, else into scratch memory and on from there, block by block."""
     pack, first = job.pack, job.parts[0]
-    if first.place is not None and len(job.parts) == 1:
-        _request(pack, job.start, first.place)
-        pack.check(first.fragment, first.first, first.place)
-        return
-    size = job.stop - job.start
-    got = scratch[:size] if size <= len(scratch) else memoryview(np.empty(size, np.uint8))
-    _request(pack, job.start, got)
+    backend, size = pack.backend, job.stop - job.start
+    if isinstance(backend, ReadsAhead):
+        if first.place is not None and len(job.parts) == 1 and len(first.place) == size:
+            backend.read_just(pack.path, job.start, first.place)
+            _check(pack, first, first.place)
+            return
+        got = scratch.like(job)
+        backend.read_just(pack.path, job.start, got)
+    else:
+        got = scratch.like(job)
+        backend.read(pack.path, job.start, [got])
     for part in job.parts:
         stored = got[part.lo - job.start : part.hi - job.start]
-        if part.fragment.codec is None:
-            pack.check(part.fragment, part.first, stored)
         if part.place is None:
             _put(pack, part, stored)
-        else:
-            part.place[:] = stored
+            continue
+        end = part.head + len(part.place)
+        for k, at in enumerate(range(0, len(stored), BLOCK)):
+            block = stored[at : at + BLOCK]
+            if crc32c(block) != pack.crc[part.block + k]:
+                pack.mend(_fragment(pack, part.segment), part.first + k, [block])
+            a, b = max(at, part.head), min(at + len(block), end)
+            if a < b:
+                part.place[a - part.head : b - part.head] = stored[a:b]
 
 
-def _request(pack: Pack, offset: int, into: memoryview) -> None:
-    assert isinstance(pack.backend, ReadsAhead)
-    pack.backend.read_just(pack.path, offset, into)
+def _check(pack: Pack, part: _Part, raw: memoryview) -> None:
+    """Raises IntegrityError unless `raw` is what was written as the blocks of the part; a block that is not is mended in
+    place where there is another way to it."""
+    expected, block = pack.crc, part.block
+    for k, at in enumerate(range(0, len(raw), BLOCK)):
+        if crc32c(raw[at : at + BLOCK]) != expected[block + k]:
+            pack.mend(_fragment(pack, part.segment), part.first + k, [raw[at : at + BLOCK]])
+
+
+def _check_pieces(pack: Pack, part: _Part, views: Sequence[memoryview]) -> None:
+    """The same for bytes that lie here and there."""
+    value = filled = k = 0
+    pieces: list[memoryview] = []
+    left = part.hi - part.lo
+    for view in views:
+        at = 0
+        while at < len(view):
+            piece = view[at : at + BLOCK - filled]
+            value = crc32c(piece, value)
+            pieces.append(piece)
+            at, filled, left = at + len(piece), filled + len(piece), left - len(piece)
+            if filled == BLOCK or not left:
+                if value != pack.crc[part.block + k]:
+                    pack.mend(_fragment(pack, part.segment), part.first + k, pieces)
+                value, filled, k, pieces = 0, 0, k + 1, []
 
 
 def _put(pack: Pack, part: _Part, stored: memoryview) -> None:
-    """Brings what was read into scratch memory to its target."""
-    segment, fragment = part.segment, part.fragment
+    """Brings what was read into scratch memory to its target, once it was checked."""
+    segment, fragment = part.segment, _fragment(pack, part.segment)
     raw: Bytes = np.frombuffer(stored, dtype=np.uint8)
-    if fragment.codec is not None:
+    if fragment.codec is None:
+        _check(pack, part, stored)
+    else:
         raw = pack.decode(fragment, segment.first, segment.blocks, segment.nbytes, raw)
         if segment.direct is not None:
-            segment.direct[:] = memoryview(raw)
+            segment.direct[:] = memoryview(raw)[segment.skip : segment.skip + len(segment.direct)]
             return
     assert segment.box is not None and segment.out is not None
     kind = dtype(pack.manifest.tensors[fragment.tensor].dtype)
-    if len(segment.box.shape) == 1 and segment.out.ndim == 1:  # a run of elements, wherever it lies in the fragment
-        start = segment.box.offset[0] * kind.itemsize - segment.first * BLOCK
-        segment.out[...] = raw[start : start + segment.out.nbytes].view(kind.numpy)
-        return
-    lo, _ = _bounds(fragment.shape, segment.box, kind.itemsize)
+    lo, _ = bounds(fragment.shape, segment.box, kind.itemsize)
     strides = [kind.itemsize] * len(fragment.shape)
     for d in range(len(fragment.shape) - 2, -1, -1):
         strides[d] = strides[d + 1] * fragment.shape[d + 1]

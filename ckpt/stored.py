@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,16 +102,16 @@ class Pack:
             m.codecs[code - 1] if code else None,
         )
 
-    def check(self, fragment: StoredFragment, first: int, raw: memoryview) -> None:
-        """Raises IntegrityError unless `raw` is what was written as the blocks of a raw fragment from `first` on. A block
-        that is not is mended in place where the backend has another way to it."""
-        base = fragment.block + first
-        for k, at in enumerate(range(0, len(raw), BLOCK)):
-            block = raw[at : at + BLOCK]
-            if crc32c(block) != self.crc[base + k]:
-                where = fragment.offset + (first + k) * BLOCK
-                if not self._mended(where, block, self.crc[base + k]):
-                    raise self.bad_block(fragment, first + k)
+    def mend(self, fragment: StoredFragment, block: int, pieces: Sequence[memoryview]) -> None:
+        """Brings a block of a raw fragment that is not what was written to where its bytes lie, where the backend has another
+        way to it. Raises IntegrityError if it has none."""
+        raw = pieces[0] if len(pieces) == 1 else memoryview(bytearray(b"".join(pieces)))
+        if not self._mended(fragment.offset + block * BLOCK, raw, self.crc[fragment.block + block]):
+            raise self.bad_block(fragment, block)
+        at = 0
+        for piece in pieces if len(pieces) > 1 else ():
+            piece[:] = raw[at : at + len(piece)]
+            at += len(piece)
 
     def _mended(self, offset: int, raw: memoryview, crc: int) -> bool:
         """Whether the backend had another way to these bytes, which are what was written now."""

@@ -12,18 +12,21 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.local import LocalBackend
 from ckpt.errors import CkptError
 
-__all__ = ["PAGE", "ReadOnce", "read_once"]
+__all__ = ["PAGE", "ReadOnce", "memory_for_disks", "read_once"]
 
 PAGE = 4096
 """Bytes go straight to where they belong if address and place in the file are the same modulo this."""
 
 _LARGE = 64 << 10  # bytes that are worth a read of their own
 _SCRATCH = 2 << 20
+_HUGE = 2 << 20
+_SAMPLE, _SAMPLES = 1 << 20, 32  # bytes of a file that are looked at for pages in the cache, and how many times at most
 _CACHESTAT = 451  # Linux 6.5; the number is the same everywhere
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,11 +49,15 @@ class ReadOnce(LocalBackend):
         self._mine = threading.local()
         self._past: dict[str, bool] = {}  # file -> whether it is read past the cache
 
-    def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
+    def goes_past(self, path: str) -> bool:
+        """Whether a file is read past the cache. Says the same of it from then on, unless that turns out not to work."""
         past = self._past.get(path)
         if past is None:
             past = self._past[path] = _cold(os.path.join(self.root, path))
-        if past and any(len(v) for v in into):
+        return past
+
+    def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
+        if self.goes_past(path) and any(len(v) for v in into):
             try:
                 if self._read(path, offset, into):
                     return
@@ -106,6 +113,16 @@ class ReadOnce(LocalBackend):
         return scratch
 
 
+def memory_for_disks(size: int) -> memoryview:
+    """Page-aligned memory, in huge pages where there are any: a disk is asked for at most some 256 pieces of memory at once,
+    and of pages that a process was given just now no two lie next to one another."""
+    whole = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        whole.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(whole)
+    return view[-_address(view) % _HUGE :][:size]
+
+
 def _calls(offset: int, into: Sequence[Buffer]) -> Iterator[tuple[int, list[Buffer], bool]]:
     """What is read with one call each: (offset, buffers, whether in place). Large ones that lie alike by themselves, others
     together, as much as fits the scratch memory."""
@@ -140,9 +157,13 @@ def _cold(full: str) -> bool:
     except OSError:
         return False
     try:
-        span, found = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-        if _libc.syscall(_CACHESTAT, fd, span, found, 0) != 0:
-            return False
-        return int(found[0]) * mmap.PAGESIZE * 2 < os.fstat(fd).st_size
+        size, cached = os.fstat(fd).st_size, 0
+        every = max(_SAMPLE, size // _SAMPLES)  # counting the pages of a large file takes a while
+        for at in range(0, size, every):
+            span, found = (ctypes.c_uint64 * 2)(at, _SAMPLE), (ctypes.c_uint64 * 5)()
+            if _libc.syscall(_CACHESTAT, fd, span, found, 0) != 0:
+                return False
+            cached += int(found[0]) * mmap.PAGESIZE
+        return cached * 2 < size * _SAMPLE // every
     finally:
         os.close(fd)

@@ -187,6 +187,10 @@ class Manifest:
         raw = self.box[self.box_start[t] : self.box_start[t + 1]].astype(np.int64)
         return raw.reshape(int(self.start[t + 1] - self.start[t]), 2, ndim)
 
+    def count(self, t: int) -> int:
+        """How many fragments tensor t has."""
+        return self._row_start[t + 1] - self._row_start[t]
+
     def box_list(self, t: int) -> list[Box]:
         """The boxes of tensor t. From plain lists where the manifest is small: a load asks for every tensor."""
         spec = self.tensors[t]
