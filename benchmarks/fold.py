@@ -70,7 +70,7 @@ class Fold:
         self._snapshot = np.zeros(layout.size, dtype=np.uint8)
         self._report = Snapshot(layout, [Stored(raw)] * len(pieces), [False] * len(pieces), self._snapshot).seal()
         averages = sorted(list(RULES)[:many])
-        self._cut = cut_of(with_averages(plan, 1, averages, names), 1, 0, averages)
+        self._cut = cut_of(with_averages(plan, 1, averages, {n: n for n in names}), 1, 0, averages, {})
         progress = {n: Progress(RULES[n].spec, folds=2, step=5, t=6.0, start=0.0) for n in averages}
         packs = [np.zeros(self._cut.layout.size, dtype=np.uint8) for _ in range(2)]
         self._bases = [Base(pack, progress) for pack in packs]

@@ -6,6 +6,9 @@ frozen parameters          not: their average is what they are; so training LoRA
 integers, booleans, float8 not: as they are in the model (the scales of float8 live elsewhere)
 wrapped tensor subclasses, what is stored per rank: not
 optimizers, values, tensors outside of modules: not
+
+Where an optimizer keeps a float32 master of a bfloat16 or float16 parameter, that is what is averaged, under the parameter's
+name: a tensor of its state of the parameter's shape, called `master...`, as TransformerEngine's FusedAdam has `master_param`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ckpt.format.manifest import Manifest
 from ckpt.keeper.averaged import decode_progress
 from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
 from ckpt.objects import decode_object
+from ckpt.optim import Owners
 from ckpt.shards import Held, dtype_name, hold, is_wrapped
 from ckpt.snapshot.fence import fence_here
 from ckpt.state import module_leaves, owners_of, walk
@@ -37,7 +41,7 @@ __all__ = ["Weight", "read_average", "state_dict_of", "stored_progress", "swappe
 @dataclass(frozen=True)
 class Weight:
     """A tensor of a module's state dict: its leaf in checkpoints, its `name` there without the module's key, what it is,
-    what this rank holds of it, and whether it is averaged."""
+    what this rank holds of it, whether it is averaged, and `source`: the leaf whose elements are folded, itself or its master."""
 
     leaf: str
     key: str
@@ -45,12 +49,14 @@ class Weight:
     tensor: torch.Tensor
     held: Held | None
     averaged: bool
+    source: str
 
 
 def weights_of(state: Any) -> list[Weight]:
     """All parameters and persistent buffers of the modules of a state; a tied one under every name, with one leaf."""
     out: list[Weight] = []
     owners = owners_of(state)
+    masters = _masters(state, owners)
     for key, module, _, _ in walk(state):
         if not isinstance(module, nn.Module):
             continue
@@ -63,11 +69,32 @@ def weights_of(state: Any) -> list[Weight]:
             if flat and id(tensor) not in seen:
                 seen[id(tensor)] = ""
                 names = [o.name.removeprefix(f"{key}.") for o in flat]  # the key is there where modules share names
-                out += [Weight(f"{key}.{n}", key, n, tensor, o.held, trained) for n, o in zip(names, flat, strict=True)]
+                leaves = [f"{key}.{n}" for n in names]
+                out += [
+                    Weight(leaf, key, n, tensor, o.held, trained, leaf)
+                    for leaf, n, o in zip(leaves, names, flat, strict=True)
+                ]
             elif not flat and attribute != "_flat_param":
                 leaf = seen.setdefault(id(tensor), f"{key}.{name}")
                 counts = trained and dtype_name(tensor.dtype) in ACCUMULATORS and not is_wrapped(tensor)
-                out.append(Weight(leaf, key, name, tensor, None, counts))
+                out.append(Weight(leaf, key, name, tensor, None, counts, masters.get(id(tensor), leaf)))
+    return out
+
+
+def _masters(state: Any, owners: Owners) -> dict[int, str]:
+    """id(parameter) -> the leaf of its float32 master in the state of an optimizer; not of flat parameters."""
+    out: dict[int, str] = {}
+    for key, optimizer, _, _ in walk(state):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        for p, parts in optimizer.state.items():
+            owner = owners.get(id(p), ())
+            if len(owner) != 1 or owner[0].held is not None or p.dtype not in (torch.bfloat16, torch.float16):
+                continue
+            for name, part in parts.items():
+                wide = isinstance(part, torch.Tensor) and part.dtype == torch.float32 and part.shape == p.shape
+                if wide and str(name).startswith("master"):
+                    out[id(p)] = f"{key}.state.{owner[0].name}.{name}"
     return out
 
 

@@ -78,7 +78,7 @@ class Averages:
     def __init__(self, rules: Mapping[str, Rule], rank: int, world: int) -> None:
         self.rules, self._rank, self._world = dict(rules), rank, world
         self._names = sorted(self.rules)
-        self._leaves: frozenset[str] = frozenset()
+        self._leaves: dict[str, str] = {}  # leaf that is folded -> leaf whose average that is
         self._progress: dict[str, Progress] = {}
         self._seed: Slot | None = None
         self._plan = ""
@@ -104,7 +104,7 @@ class Averages:
                 raise UsageError(
                     f"the state has a key {AVERAGES!r}, under which running averages are stored; rename it"
                 )
-            return json.dumps(sorted({w.leaf for w in found if w.averaged})).encode()
+            return json.dumps({w.leaf: w.source for w in found if w.averaged}, sort_keys=True).encode()
         except Exception as e:
             return e
 
@@ -114,12 +114,15 @@ class Averages:
             return
 
         def decide(letters: list[bytes]) -> bytes:
-            every = sorted(set().union(*(json.loads(text) for text in letters)))
+            every: dict[str, str] = {}
+            for leaf, source in (item for text in letters for item in json.loads(text).items()):
+                if every.get(leaf, leaf) == leaf:  # a master may be known to one rank alone
+                    every[leaf] = source
             if not every:
                 raise UsageError("averages: the state has no module with parameters to average")
-            return json.dumps(every).encode()
+            return json.dumps({source: leaf for leaf, source in sorted(every.items())}).encode()
 
-        self._leaves = frozenset(json.loads(group.round("averaged", names, decide)))
+        self._leaves = json.loads(group.round("averaged", names, decide))
 
     def plan(self, plan: Plan, aliases: Mapping[str, str]) -> tuple[Plan, Mapping[str, str]]:
         """A plan and its aliases, with the averages."""
@@ -134,7 +137,7 @@ class Averages:
         """The name of such a plan, which is the one in force from now on."""
         self._plan = plan
         if self.rules:
-            text = json.dumps([self._names, sorted(self._leaves)])
+            text = json.dumps([self._names, sorted(self._leaves.items())])
             self._plan = f"{plan}+{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
         return self._plan
 
@@ -275,9 +278,9 @@ class Averages:
             self._progress = {name: Progress(rule.spec) for name, rule in self.rules.items()}
             log.error("ckpt: all averages begin anew: %s", verdict.decode(errors="replace"))
         fds = [] if self._seed is None else [self._seed.fd]
-        member.link.ask(
-            "averages", fds=fds, timeout=member.deadline, plan=self._plan, progress=encode_progress(self._progress)
-        )
+        masters = {source: leaf for source, leaf in self._leaves.items() if source != leaf}
+        head = {"plan": self._plan, "progress": encode_progress(self._progress)}
+        member.link.ask("averages", json.dumps(masters).encode(), fds, timeout=member.deadline, **head)
         self._drop()
 
     def _drop(self) -> None:
@@ -333,7 +336,7 @@ def _take(source: Source, kind: str, out: np.ndarray[Any, Any]) -> None:
         n = min(step, source.nbytes // item - at)
         block = np.empty(n * item, dtype=np.uint8)
         source.into(at * item, block)
-        fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], guarded=False)
+        list(fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], guarded=False))
 
 
 def _left(letters: Sequence[bytes]) -> bytes:

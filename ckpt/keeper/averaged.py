@@ -2,7 +2,8 @@
 
     slot of rank r    0                      the snapshot's pack, written by rank r
                       pack_start(its size)   the averages' pack, of writer world + r
-    leaf              averages.<average>.<leaf of the state>, in the type of `ACCUMULATORS`
+    leaf              averages.<average>.<leaf of the state>, in the type of `ACCUMULATORS`; cut as that leaf is, or as the
+                      leaf that it is folded from, its float32 master
     value             __ckpt__.averages: JSON text, what each average remembers (`Progress`)
 
 A plan with averages holds both kinds of packs, so whoever stores, reads, encodes or commits packs by their writer's number
@@ -13,7 +14,7 @@ averaged.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,25 +43,33 @@ def pack_start(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def _spec(average: str, spec: TensorSpec) -> TensorSpec:
-    return TensorSpec(f"{AVERAGES}.{average}.{spec.name}", ACCUMULATORS[spec.dtype], spec.shape, "", spec.layout)
+Leaves = Mapping[str, str]
+"""Leaves that are folded -> the leaf whose average that is: itself, or the parameter that it is the master of."""
 
 
-def _counts(spec: TensorSpec, leaves: Collection[str]) -> bool:
+def _spec(average: str, spec: TensorSpec, leaves: Leaves) -> TensorSpec:
+    return TensorSpec(
+        f"{AVERAGES}.{average}.{leaves[spec.name]}", ACCUMULATORS[spec.dtype], spec.shape, "", spec.layout
+    )
+
+
+def _counts(spec: TensorSpec, leaves: Leaves) -> bool:
     """Whether a stored tensor is averaged: what is stored per rank belongs to a rank, not to the model."""
     return not spec.variant and spec.dtype in ACCUMULATORS and spec.name in leaves
 
 
 def averaged_pieces(
-    pieces: Sequence[Piece], averages: Sequence[str], leaves: Collection[str]
+    pieces: Sequence[Piece], averages: Sequence[str], leaves: Leaves
 ) -> list[tuple[Piece, list[Piece]]]:
     """Of the pieces of a snapshot, those that are averaged, each with the pieces of its accumulators."""
     return [
-        (p, [Piece(_spec(name, p.tensor), p.box) for name in averages]) for p in pieces if _counts(p.tensor, leaves)
+        (p, [Piece(_spec(name, p.tensor, leaves), p.box) for name in averages])
+        for p in pieces
+        if _counts(p.tensor, leaves)
     ]
 
 
-def with_averages(plan: Plan, world: int, averages: Sequence[str], leaves: Collection[str]) -> Plan:
+def with_averages(plan: Plan, world: int, averages: Sequence[str], leaves: Leaves) -> Plan:
     """The plan with the packs of the averages: what rank r writes of a leaf, writer `world` + r writes of its averages."""
     counted = [t for t, spec in enumerate(plan.tensors) if _counts(spec, leaves)]
     place = np.full(len(plan.tensors), -1, dtype=np.int64)
@@ -69,7 +78,7 @@ def with_averages(plan: Plan, world: int, averages: Sequence[str], leaves: Colle
     tensors, rank, tensor, local, box = list(plan.tensors), [], [], [], []
     for name in averages:
         first = len(tensors)
-        tensors += [_spec(name, plan.tensors[t]) for t in counted]
+        tensors += [_spec(name, plan.tensors[t], leaves) for t in counted]
         rank.append(plan.rank[rows] + world)
         tensor.append(first + place[plan.tensor[rows]])
         local.append(plan.local[rows])
@@ -86,13 +95,14 @@ def with_averages(plan: Plan, world: int, averages: Sequence[str], leaves: Colle
     )
 
 
-def averaged_aliases(aliases: Mapping[str, str], averages: Sequence[str], leaves: Collection[str]) -> dict[str, str]:
+def averaged_aliases(aliases: Mapping[str, str], averages: Sequence[str], leaves: Leaves) -> dict[str, str]:
     """The aliases of a snapshot, and those of its averages: what is tied has one average under all of its names."""
+    averaged = set(leaves.values())
     new = {
         f"{AVERAGES}.{name}.{other}": f"{AVERAGES}.{name}.{stored}"
         for name in averages
         for other, stored in aliases.items()
-        if stored in leaves
+        if stored in averaged
     }
     return {**aliases, **new}
 

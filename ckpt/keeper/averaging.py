@@ -30,6 +30,7 @@ from ckpt.keeper.averaged import decode_progress, encode_progress, pack_start
 from ckpt.keeper.holding import Memory, pieces_of
 from ckpt.keeper.protocol import Frame, frame
 from ckpt.merge.average import AVERAGES, NOTES, NotFinite, Progress, advance, fold, norm
+from ckpt.merge.native import address
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report
 
@@ -38,7 +39,7 @@ __all__ = ["Averaging", "Base", "cut_of", "fold_pack"]
 log = logging.getLogger("ckpt.keeper")
 Bytes = npt.NDArray[np.uint8]
 _THREADS = 4
-_SAMPLE = 8  # the drift is measured on every so many blocks
+_SAMPLE = 16  # the drift is measured on every so many blocks
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,14 @@ class _Cut:
     work: tuple[tuple[int, str, tuple[tuple[int, int], ...]], ...]
 
 
-def cut_of(plan: Plan, world: int, rank: int, averages: Sequence[str]) -> _Cut:
-    """How a plan lays out the averages of a rank."""
-    own = {(p.tensor.name, p.box): k for k, p in enumerate(pieces_of(plan, rank, ())) if not p.tensor.variant}
+def cut_of(plan: Plan, world: int, rank: int, averages: Sequence[str], masters: Mapping[str, str]) -> _Cut:
+    """How a plan lays out the averages of a rank. `masters`: see `_Rank`."""
+    hidden = set(masters.values())
+    own = {
+        (masters.get(p.tensor.name, p.tensor.name), p.box): k
+        for k, p in enumerate(pieces_of(plan, rank, ()))
+        if not p.tensor.variant and p.tensor.name not in hidden
+    }
     pieces = pieces_of(plan, world + rank, ())
     layout = layout_pack(pieces)
     at: dict[int, dict[str, tuple[int, int]]] = {}
@@ -118,9 +124,10 @@ def fold_pack(
         return _Folded(None, Base(None, progress), refuse, drift, digest)
     layout, order = cut.layout, cut.averages
     table = np.empty(layout.n_blocks, dtype="<u4")
-    sums = np.zeros((len(order), 2))
+    sums, squares = np.zeros((len(order), 2)), np.zeros(len(order))
     r = [rates[name] for name in order]
-    old = base.pack
+    old, now = base.pack, address(into)
+    here, then = address(snapshot), 0 if old is None else address(old)
     for number, kind, places in cut.work:
         at, n = int(report.offset[number]), int(report.length[number])
         item, wide = dtype(kind).itemsize, dtype(layout.pieces[places[0][0]].tensor.dtype).itemsize
@@ -132,20 +139,21 @@ def fold_pack(
             lo, size = first * wide, len(theta) // item * wide
             before = [None if old is None else old[p + lo : p + lo + size] for _, p in places]
             after = [into[p + lo : p + lo + size] for _, p in places]
-            try:
-                found = fold(theta, kind, before, r, after, guarded=not refuse)
-            except NotFinite:
-                name = layout.pieces[places[0][0]].tensor.name
-                why = f"not finite: {_split(layout.pieces[places[0][0]], order)[1] or name}"
-                return fold_pack(snapshot, report, cut, base, step, marks, into, stop, why)
             block = first * wide // BLOCK
-            for (k, _), read, written in zip(places, before, after, strict=True):
-                row = int(layout.block[k]) + block
+            where = here + at + first * item, [then + p + lo for _, p in places], [now + p + lo for _, p in places]
+            found = fold(theta, kind, before, r, after, guarded=not refuse, at=where)
+            for m, (k, _) in enumerate(places):
+                try:
+                    squares[m] = next(found)
+                except NotFinite:
+                    leaf = _split(layout.pieces[k], order)[1]
+                    return fold_pack(snapshot, report, cut, base, step, marks, into, stop, f"not finite: {leaf}")
+                row, read = int(layout.block[k]) + block, before[m]  # while they are in the cache
                 if base.table is not None and read is not None and crc32c(read) != base.table[row]:
                     raise IntegrityError(f"{layout.pieces[k].tensor.name}: in memory it is not what was folded")
-                table[row] = crc32c(written)
+                table[row] = crc32c(after[m])
             if block % _SAMPLE == 0 and not refuse:
-                sums[:, 0] += found
+                sums[:, 0] += squares
                 sums[:, 1] += norm(theta, kind)
     into[: len(cut.header)] = np.frombuffer(cut.header, dtype=np.uint8)
     end = table.view(np.uint8)
@@ -164,6 +172,7 @@ class _Rank:
     base: Base
     kept: Memory | None
     lock: threading.Lock
+    masters: Mapping[str, str]  # leaf that is folded -> leaf whose average that is, where they differ
 
 
 class Averaging:
@@ -219,7 +228,7 @@ class Averaging:
         memory = Memory(message.fds[0], os.fstat(message.fds[0]).st_size) if message.fds else None
         base = Base(memory.buffer if memory else None, decode_progress(str(message["progress"]), "a trainer"))
         lock = self._locks.setdefault(rank, threading.Lock())
-        self._ranks[rank] = _Rank(str(message["plan"]), base, memory, lock)
+        self._ranks[rank] = _Rank(str(message["plan"]), base, memory, lock, json.loads(message.payload or b"{}"))
 
     def _let_go(self, rank: int) -> None:
         known = self._ranks.pop(rank, None)
@@ -321,7 +330,7 @@ class Averaging:
             try:
                 with known.lock:
                     faults.point("fold begins")
-                    found = self._folded(step, rank, part, base, slot, marks, stop, refuse)
+                    found = self._folded(step, rank, part, base, slot, marks, stop, refuse, known.masters)
                     faults.point("fold done")
             except Exception as e:
                 found = e
@@ -332,12 +341,13 @@ class Averaging:
 
     def _folded(
         self, step: int, rank: int, part: Frame, base: Base, slot: int, marks: Mapping[str, Any],
-        stop: threading.Event, refuse: str,
+        stop: threading.Event, refuse: str, masters: Mapping[str, str],
     ) -> _Folded:  # fmt: skip
         key, report = str(part["plan"]), decode_report(part.payload)
         cut = self._cuts.get((key, rank))
         if cut is None:
-            cut = self._cuts[key, rank] = cut_of(self._plan(key), self._world, rank, sorted(base.progress))
+            cut = cut_of(self._plan(key), self._world, rank, sorted(base.progress), masters)
+            self._cuts[key, rank] = cut
         memory = self._memory(rank, slot)
         into = memory.writable[pack_start(report.size) :] if report is not None else memory.writable[:0]
         return fold_pack(memory.buffer, report, cut, base, step, marks, into, stop, refuse)

@@ -1,4 +1,4 @@
-"""Linear combinations of stored elements, block by block, by numpy alone.
+"""Linear combinations of stored elements, block by block.
 
 result = base - sum of w_i (base - x_i), each operation rounded by itself to float32 (float64 where that is stored) and
 the result rounded once to the stored type, to the nearest, ties to even. So it depends on nothing but the elements: not
@@ -8,12 +8,13 @@ in all checkpoints stays as it is, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ckpt.merge.native import address, addresses, kernels
 from ckpt.merge.weights import Floats
 
 __all__ = ["AVERAGED", "NotFinite", "Room", "combine"]
@@ -78,8 +79,13 @@ def combine(blocks: Sequence[Bytes], weights: Floats, kind: str, out: Sequence[B
     memory = room.take(4 + len(results), wide)
     used = [k for k in range(len(blocks) - 1) if weights[:, k].any()]
     factor = weights.astype(wide)
+    compiled = kernels().combine.get(kind) if len(out) == 1 else None
     with np.errstate(over="ignore", invalid="ignore"):
         for at in range(0, len(inputs[0]), _CHUNK):
+            if compiled is not None and _compiled(
+                compiled, [i[at : at + _CHUNK] for i in inputs], factor[0], used, results[0][at : at + _CHUNK]
+            ):
+                continue
             some = [i[at : at + _CHUNK] for i in inputs]
             n = len(some[0])
             x, base, d, p = (row[:n] for row in memory[:4])
@@ -97,6 +103,15 @@ def combine(blocks: Sequence[Bytes], weights: Floats, kind: str, out: Sequence[B
                 np.subtract(b, total[row], out=p)
                 if not _narrow(p, kind, result[at : at + n], d):
                     _carefully(some, factor[row], kind, result[at : at + n])
+
+
+def _compiled(
+    function: Callable[..., int], inputs: Sequence[_Array], factor: _Array, used: Sequence[int], out: _Array
+) -> bool:
+    """One row of weights by a compiled kernel; whether all that came out is finite."""
+    blocks, weights = addresses([inputs[k] for k in used]), factor[used]
+    where = address(blocks), address(weights), len(used), address(inputs[-1]), address(out), len(out)
+    return bool(function(*where))
 
 
 def _carefully(inputs: Sequence[_Array], factor: _Array, kind: str, out: _Array) -> None:

@@ -1,4 +1,4 @@
-"""Running averages: the rules, what one remembers between folds, and the fold itself, by numpy alone.
+"""Running averages: the rules, what one remembers between folds, and the fold itself.
 
 A running average is A += r (theta - A) with a rate r in (0, 1] of its own for each fold; the first fold sets A = theta.
 A rule tells the rates from where training is: from the steps done, from tokens, or from a metric. How those of all folds
@@ -11,7 +11,7 @@ of its weight, where the rule has one. The keepers of all ranks turn the same ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.errors import UsageError
+from ckpt.merge.native import address, kernels
 from ckpt.merge.weights import FORMS, gamma_of, power_rates
 
 __all__ = [
@@ -290,41 +291,58 @@ def fold(
     new: Sequence[Bytes],
     *,
     guarded: bool = True,
-) -> list[float]:
+    at: tuple[int, Sequence[int], Sequence[int]] | None = None,
+) -> Iterator[float]:
     """new = old + r (theta - old) for each of several averages, one or more, of the same elements.
 
     theta  stored elements of dtype `kind`, which is in `ACCUMULATORS`
     old    accumulators, as many; None where there is no average yet: the rate is then 1
     rates  0 copies the average, 1 copies theta; any other is rounded to the accumulator's type first
     new    where the results go; apart from `old`
+    at     addresses of theta, of each of `old` (of those that are there) and of `new`, where the caller knows them
 
     Each operation is rounded by itself, so a result does not depend on where a block begins, and what does not change
-    stays as it is bit by bit. Returns, of each average, the sum of (theta - old)^2; 0 where nothing was to be computed.
+    stays as it is bit by bit (but -0, which becomes 0). Yields, for each average when it is made, the sum of
+    (theta - old)^2; 0 where nothing was to be computed.
 
     Raises NotFinite, with `new` undefined; unless `guarded` is False, which is for rates of 0 and 1 alone.
     """
-    x = _widened(theta, kind, new[-1])  # where the last result goes, which is computed last
-    out = []
-    for a, r, b in zip(old, rates, new, strict=True):
-        target: _Array = b.view(x.dtype)
-        out.append(0.0)
-        if a is None or r == 1:
-            if guarded and not math.isfinite(float(np.dot(x, x))) and np.isnan(x).any():
-                raise NotFinite
-            np.copyto(target, x)
-            continue
-        before = a.view(x.dtype)
-        if r == 0:
-            np.copyto(target, before)
-            continue
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(x, before, out=target)
-            out[-1] = float(np.dot(target, target))
-            if not math.isfinite(out[-1]):
-                out[-1] = _carefully(_widened(theta, kind, np.empty_like(b)), before, target)
-            np.multiply(target, target.dtype.type(r), out=target)
-            np.add(before, target, out=target)
-    return out
+    compiled = kernels().fold.get(kind)
+    if compiled is not None and at is None:
+        at = address(theta), [0 if a is None else address(a) for a in old], [address(b) for b in new]
+    x: _Array | None = None
+    for k, (a, r, b) in enumerate(zip(old, rates, new, strict=True)):
+        if compiled is not None and at is not None and a is not None and 0 < r < 1:
+            square = compiled(at[0], at[1][k], at[2][k], len(b) // _wide(kind), r)
+            if math.isfinite(square):
+                yield square
+                continue
+            x = None  # that may have been where b is
+        if x is None:
+            x = _widened(theta, kind, new[-1])  # where the last result goes, which is computed last
+        yield _fold(theta, kind, x, a, r, b, guarded)
+
+
+def _fold(theta: Bytes, kind: str, x: _Array, a: Bytes | None, r: float, b: Bytes, guarded: bool) -> float:
+    """One of them, by numpy; x: theta in the accumulator's type, which may lie in b."""
+    target: _Array = b.view(x.dtype)
+    if a is None or r == 1:
+        if guarded and not math.isfinite(float(np.dot(x, x))) and np.isnan(x).any():
+            raise NotFinite
+        np.copyto(target, x)
+        return 0.0
+    before = a.view(x.dtype)
+    if r == 0:
+        np.copyto(target, before)
+        return 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(x, before, out=target)
+        square = float(np.dot(target, target))
+        if not math.isfinite(square):
+            square = _carefully(_widened(theta, kind, np.empty_like(b)), before, target)
+        np.multiply(target, target.dtype.type(r), out=target)
+        np.add(before, target, out=target)
+    return square
 
 
 def _carefully(x: _Array, before: _Array, difference: _Array) -> float:
@@ -337,9 +355,14 @@ def _carefully(x: _Array, before: _Array, difference: _Array) -> float:
 
 def norm(theta: Bytes, kind: str) -> float:
     """The sum of squares of stored elements."""
-    wide = 8 if kind in ("float64", "complex128") else 4
+    wide = _wide(kind)
     x = _widened(theta, kind, np.empty(len(theta) // _NUMBER.get(kind, wide) * wide, dtype=np.uint8))
     return float(np.dot(x, x))
+
+
+def _wide(kind: str) -> int:
+    """Bytes of a number of an accumulator."""
+    return 8 if kind in ("float64", "complex128") else 4
 
 
 _NUMBER = {"bfloat16": 2, "float16": 2, "complex32": 2}

@@ -27,7 +27,7 @@ from ckpt.write import Stored, encode_report
 RULE = EMA(half_life=2)
 SIZE = 70_000  # more than one block
 PLAN = merge([Claims.of([Claim(TensorSpec("w", "float32", (SIZE,)), (whole((SIZE,)),), SHARD)])])
-BOTH = with_averages(PLAN, 1, ["ema"], ["w"])
+BOTH = with_averages(PLAN, 1, ["ema"], {"w": "w"})
 LAYOUT = layout_pack(pieces_of(PLAN, 0, ()))
 SECOND = layout_pack(pieces_of(BOTH, 1, ()))
 SLOT = pack_start(LAYOUT.size) + SECOND.size

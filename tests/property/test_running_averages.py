@@ -120,7 +120,7 @@ def folded(theta: torch.Tensor, old: np.ndarray[Any, Any], rate: float, cut: int
     for at in range(0, theta.numel(), cut):
         end = min(at + cut, theta.numel())
         a, b = old.view(np.uint8)[at * wide : end * wide], new.view(np.uint8)[at * wide : end * wide]
-        fold(raw[at * item : end * item], kind, [a], [rate], [b])
+        list(fold(raw[at * item : end * item], kind, [a], [rate], [b]))
     return new
 
 

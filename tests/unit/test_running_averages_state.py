@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,68 @@ def test_averages_as_tensors_and_swapped_in(run: str) -> None:
     with torch.no_grad():
         model.lora.zero_()
     cp.close()
+
+
+class Mixed(torch.optim.Optimizer):
+    """Steps float32 masters, of which bfloat16 parameters are what they are rounded to."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["master_param"] = p.detach().float()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                master = self.state[p]["master_param"]
+                master.sub_(p.grad, alpha=group["lr"])
+                p.copy_(master)
+
+
+def test_masters_are_what_is_averaged(run: str) -> None:
+    def mixed() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 300, dtype=torch.bfloat16), nn.BatchNorm1d(300))
+        return {"model": model, "optimizer": Mixed(model[0].parameters())}
+
+    state, rules = mixed(), {"ema": ckpt.EMA(half_life=2), "swa": ckpt.Power(q=1)}
+    masters = {n: state["optimizer"].state[p]["master_param"] for n, p in state["model"][0].named_parameters()}
+    sources = {w.leaf: w.source for w in weights_of(state) if w.averaged}
+    assert sources["model.0.weight"] == "optimizer.state.0.weight.master_param"
+    assert sources["model.1.running_mean"] == "model.1.running_mean"
+    expected: dict[str, torch.Tensor] = {}
+
+    def go_on(cp: ckpt.Checkpointer, first: int) -> int:
+        for _ in range(3):
+            first = seal(cp, state, first, 1)[0] + 1
+            for name, master in masters.items():
+                if name not in expected:
+                    expected[name] = master.clone()
+                else:
+                    rate = np.float32(-math.expm1(-math.log(2) * (first - folded[0]) / 2))
+                    expected[name] += rate * (master - expected[name])
+            folded[:] = [first]
+        return first
+
+    folded: list[int] = []
+    with ckpt.Checkpointer(run, state, memory=ckpt.Every(1), averages=rules) as cp:
+        cp.restore()
+        first = go_on(cp, 0)
+        found = cp.average("ema")
+        for name, value in expected.items():
+            assert found[f"0.{name}"].dtype == torch.float32 and torch.equal(found[f"0.{name}"], value)
+            assert not torch.equal(value, value.bfloat16().float())
+        with cp.swapped(state["model"], "ema"):
+            assert torch.equal(state["model"][0].weight, expected["weight"].bfloat16())
+    state = mixed()
+    masters = {n: state["optimizer"].state[p]["master_param"] for n, p in state["model"][0].named_parameters()}
+    with ckpt.Checkpointer(run, state, memory=ckpt.Every(1), averages=rules) as cp:
+        assert cp.restore() == first
+        go_on(cp, first)
+        found = cp.average("ema")
+        assert all(torch.equal(found[f"0.{name}"], value) for name, value in expected.items())
 
 
 def test_loaded_without_the_job(run: str) -> None:
