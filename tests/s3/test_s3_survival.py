@@ -17,9 +17,8 @@ from proxy import Rule, proxy
 
 from ckpt.backends import backend_for
 from ckpt.errors import StorageError
-from ckpt.offline.prune import plan_prune
+from ckpt.offline.prune import plan_prune, retain
 from ckpt.retention import KeepLast
-from ckpt.upkeep import retain
 
 
 def test_the_whole_cluster_killed_in_mid_save_and_mid_load(

@@ -27,9 +27,8 @@ from ckpt.catalog import (
 )
 from ckpt.commit import Commit, Generation, publish, sealed, step_folder
 from ckpt.errors import FormatError, IntegrityError, NotFoundError, UsageError
-from ckpt.offline.prune import Doomed, carry_out, plan_prune
+from ckpt.offline.prune import Doomed, carry_out, plan_prune, retain
 from ckpt.retention import KeepAll, KeepAny, KeepBest, KeepEvery, KeepLast, KeepWithin, Policy, kept
-from ckpt.upkeep import retain
 
 
 def commit(step: int, generation: int = 0, attempt: str = "a0", **metrics: float) -> Commit:
