@@ -148,7 +148,8 @@ class Checkpointer:
                parameter each, are stored with every step, and go on after a restart bit by bit
     max_stale  seconds: `step` raises DeadlineError once nothing has become durable for so long
     local      a folder of this run on a disk of each host, or a `ckpt.Local`: saves commit there and trickle to `run` in the
-               background; `restore` takes what is nearest. See docs/design/015
+               background, with `memory` by the keeper, which outlives the trainer; `restore` takes what is nearest. See
+               docs/design/015
     on_event   called with every `ckpt.events.Event`, in whichever thread it happens
 
     All methods are collective: every rank calls them at the same place, also the constructor. A failed save never stops
