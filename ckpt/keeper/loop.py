@@ -193,6 +193,9 @@ class Loop:
                 if peer.role != "stranger":
                     peer.link.put(frame("refused", error=to_wire(e)))
                 alive = False
+            except MemoryError:  # who speaks may come again; what is held here may not
+                log.error("no memory to hear a %s: its connection ends; raise the limits of this process", peer.role)
+                alive = False
         alive = peer.link.drain() and alive
         if alive:
             self._watch(peer)

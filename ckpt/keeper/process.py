@@ -127,7 +127,7 @@ class Keeper:
                 self.loop.tell(peer, frame("synced", to=message["to"]))
             else:
                 self.seat.hear(message)
-        except CkptError:
+        except (CkptError, MemoryError):
             raise
         except Exception as e:  # one bad message is no reason to end
             log.error("%r from rank %d", message.kind, peer.rank, exc_info=e)
