@@ -303,18 +303,3 @@ def test_a_keeper_without_memory_for_parity(made: Made) -> None:
     assert [("error" in a.head) for a in answers] == [False, True, False]
     kind, text = answers[1]["error"]
     assert kind == "capacity" and "h1 is to keep parity" in text and "MiB" in text
-
-
-def test_a_keeper_that_runs_out_of_memory(made: Made) -> None:
-    """In the middle of a life: it stays, and so does what it holds; when there is memory again steps are protected again."""
-    fleet = begun(made(hosts(3), Replicas(2)))
-    now, pid = fleet.announced(1), fleet.trainers["h1"].pid
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-    before = resource.prlimit(pid, resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE"), resource.RLIM_INFINITY))
-    fleet.seal(False)
-    fleet.seal(True)
-    until(lambda: max(fleet.trainers["h0"].sealed) > now + 3, "training goes on")
-    resource.prlimit(pid, resource.RLIMIT_AS, before)
-    assert alive(pid) and fleet.holding("h1").inventory.whole
-    fleet.announced(max(fleet.trainers["h0"].announced()) + 3)
-    fleet.check(fleet.rest())
