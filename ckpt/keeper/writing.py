@@ -134,7 +134,10 @@ class Writing:
             if isinstance(found, CkptError) and not isinstance(found, ConflictError):  # that it did write them is fine
                 log.error("%s was not written: %s", name, found)
 
-        self._submit(self._rows, lambda: life.backend(self._config.direct).create(name, rows), wrote)
+        try:
+            self._submit(self._rows, lambda: life.backend(self._config.direct).create(name, rows), wrote)
+        except RuntimeError as e:  # no thread to be had: no reason to lose what is in memory
+            log.error("%s was not written: %s", name, e)
 
     def close(self) -> None:
         """Once nothing is being written."""
