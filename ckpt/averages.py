@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +32,7 @@ from ckpt.keeper.averaged import decode_progress
 from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
 from ckpt.objects import decode_object
 from ckpt.optim import Owners
-from ckpt.shards import Held, dtype_name, hold, is_wrapped
+from ckpt.shards import Held, Shard, dtype_name, hold, is_wrapped
 from ckpt.snapshot.fence import fence_here
 from ckpt.state import module_leaves, owners_of, walk
 
@@ -107,13 +108,14 @@ def stored_progress(manifest: Manifest, where: str) -> dict[str, Progress]:
 # Averages as tensors.
 
 
-def read_average(state: Any, name: str, backend: Backend, folder: str, world: int) -> dict[str, torch.Tensor]:
-    """An average as a step has it: leaf -> tensor, float32 (or as `ACCUMULATORS` has it), wrapped as the model's own.
+Average = dict[str, Any]
+"""Leaf -> tensor; `Shard`, a flat range of it, where the model has a flat parameter (FSDP1)."""
 
-    Raises UsageError for flat parameters.
-    """
+
+def read_average(state: Any, name: str, backend: Backend, folder: str, world: int) -> Average:
+    """An average as a step has it, float32 (or as `ACCUMULATORS` has it), wrapped as the model's own."""
     manifest = read_manifest(backend, read_commit(backend, folder))
-    made: dict[str, torch.Tensor] = {}
+    made: Average = {}
     wanted: list[Fill] = []
     for _, module, _, _ in walk(state):
         if isinstance(module, nn.Module):
@@ -122,19 +124,24 @@ def read_average(state: Any, name: str, backend: Backend, folder: str, world: in
         index = manifest.by_key.get(f"{AVERAGES}.{name}.{w.leaf}")
         if not w.averaged or w.leaf in made or index is None:
             continue
-        if w.held is not None:
-            raise UsageError(
-                f"average {name!r}: {w.leaf!r} is part of a flat parameter (FSDP1), of which no tensor can be made here; "
-                "load it from a checkpoint, or use FSDP2"
-            )
         manifest.check_coverage(index)
-        new = made[w.leaf] = torch.empty_like(w.tensor.detach(), dtype=getattr(torch, manifest.tensors[index].dtype))
+        kind = getattr(torch, manifest.tensors[index].dtype)
+        new = _flat(w.held, kind) if w.held is not None else torch.empty_like(w.tensor.detach(), dtype=kind)
+        made[w.leaf] = new
         wanted += [Fill(index, box, view) for box, view in hold(w.leaf, new).pieces if view.numel()]
     fill(backend, folder, manifest, wanted, world)
     return made
 
 
-def state_dict_of(state: Any, average: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _flat(held: Held, kind: torch.dtype) -> Shard:
+    """Memory for the same range of a flat parameter."""
+    boxes = [box for box, view in held.pieces if view.numel()]
+    first = int(np.ravel_multi_index(boxes[0].offset, held.shape)) if boxes and held.shape else 0
+    room = torch.empty(sum(box.numel for box in boxes), dtype=kind)
+    return Shard(room, held.shape, flat_range=(first, first + room.numel()))
+
+
+def state_dict_of(state: Any, average: Mapping[str, Any]) -> Average:
     """The state dict of the state's module with an average in the place of what is averaged; all else as it is now, copied.
     Of several modules: of all of them, each name after its module's key."""
     weights = weights_of(state)
@@ -147,7 +154,7 @@ def state_dict_of(state: Any, average: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 @contextmanager
-def swapped(model: nn.Module, state: Any, average: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, state: Any, average: Mapping[str, Any]) -> Iterator[None]:
     """Within, the weights of `model` are those of an average (leaf -> tensor), in the model's own types; after it they are
     what they were, bit by bit."""
     reshard(model)
@@ -161,7 +168,8 @@ def swapped(model: nn.Module, state: Any, average: Mapping[str, torch.Tensor]) -
         with torch.no_grad():
             for leaf, w in weights.items():
                 new = hold(leaf, average[leaf]).pieces
-                for (_, view), (_, value) in zip(hold(leaf, w.tensor).pieces, new, strict=True):
+                held = w.held or hold(leaf, w.tensor)
+                for (_, view), (_, value) in zip(held.pieces, new, strict=True):
                     kept.append((view, view.clone()))
                     view.copy_(value)
         yield
@@ -173,8 +181,12 @@ def swapped(model: nn.Module, state: Any, average: Mapping[str, torch.Tensor]) -
 
 
 def reshard(model: nn.Module) -> None:
-    """FSDP2 may hold whole parameters from the last forward: what is computed next has to see the shards of now."""
+    """FSDP may hold whole parameters from the last forward: what is computed next has to see the shards of now."""
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     for module in model.modules() if kind is not None else ():
+        handle = getattr(module, "_handle", None)  # FSDP1
         if isinstance(module, kind):
             module.reshard()
+        elif handle is not None and getattr(handle, "uses_sharded_strategy", False) and not handle.needs_unshard():
+            handle.reshard(True)
+            handle.post_reshard()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class Averages:
         self._slots: dict[int, tuple[int, str]] = {}  # step -> slot and plan; granted, or whole and there yet
         self._whole: dict[int, dict[str, Progress]] = {}  # steps of this life that were whole, what was told of them
         self.views: dict[str, AverageView] = {}
+        self._lacking: set[str] = set()  # averages in which a step did not count, of which no more was said
 
     @property
     def progress(self) -> Mapping[str, Progress]:
@@ -300,8 +301,21 @@ class Averages:
                 out[name] = f"{type(e).__name__}: {e}"
             why = out[name]
             if isinstance(why, str) and self._rank == 0:
+                self._lacking.add(name)
                 log.warning("ckpt: step %d does not count in average %r: %s", step, name, why)
         return out
+
+    def came_late(self, step: int, metrics: Iterable[str]) -> None:
+        """Says so if an average lacked one of these metrics, which `cp.record` was given for a step."""
+        for name, rule in self.rules.items():
+            needed = {str(rule.spec.get(key)) for key in ("metric", "by")} & set(metrics)
+            if needed and name in self._lacking:
+                self._lacking.remove(name)
+                log.warning(
+                    "ckpt: average %r weighs steps by %r, which came with record() after step %d was folded, and does not count "
+                    "in it; give cp.step() the newest one that is known, or average afterwards: ckpt average RUN --weights "
+                    "mwa:%s,PENALTY", name, *needed, step, *needed,
+                )  # fmt: skip
 
     def granted(self, step: int, slot: int) -> None:
         """A slot is about to be written to."""

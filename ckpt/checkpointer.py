@@ -283,8 +283,11 @@ class Checkpointer:
         return self._saves.step(self._state, step, self._metrics)
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Keeps metrics that come late (an evaluation) in the run's ledger; `KeepBest` and `run@best` see them."""
+        """Keeps metrics that come late (an evaluation) in the run's ledger; `KeepBest` and `run@best` see them. Running
+        averages do not: a step has been folded by then."""
         self._account.record(step, numbers(metrics))
+        if self._kept is not None:
+            self._kept.came_late(step, metrics)
         self._account.tidy()
 
     def save_now(self) -> SaveReport:
@@ -299,20 +302,21 @@ class Checkpointer:
         """How each average stands: its rule, what counts in it, how far it is from the last step."""
         return self._kept.averages if self._kept is not None else {}
 
-    def average(self, name: str) -> dict[str, torch.Tensor]:
+    def average(self, name: str) -> dict[str, Any]:
         """The state dict of the model with a running average in the place of what is averaged, as of the newest step in
         memory, or as this life began with; collective.
 
         Names are the model's (with several modules in the state: after their keys), tensors this rank's shards, float32,
-        wrapped as the model's own; what is not averaged is as it is in the model, copied. On another layout, or without the
+        wrapped as the model's own (a `ckpt.Shard` for each parameter within FSDP1's flat ones); what is not averaged is as
+        it is in the model, copied. On another layout, or without the
         job: `ckpt.load({"model": model}, ref, rename={"averages.NAME.model": "model"}, cast=True,
         allow_missing=["model.*"])` after a load of the step itself.
 
-        Raises NotFoundError if nothing was folded yet; UsageError for flat parameters (FSDP1).
+        Raises NotFoundError if nothing was folded yet.
         """
         return state_dict_of(self._state, self._average(name))
 
-    def _average(self, name: str) -> dict[str, torch.Tensor]:
+    def _average(self, name: str) -> dict[str, Any]:
         self._refuse_swapped("average")
         if self._kept is None:
             raise NotFoundError(f"average {name!r}: this job has no keeper, and so no averages")

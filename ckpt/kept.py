@@ -6,10 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import torch
 
 from ckpt.averages import read_average
 from ckpt.averaging import AverageView
@@ -131,13 +129,17 @@ class Kept:
         """How each average stands, as of the last step that this rank heard was whole."""
         return self._keeping.averages.views
 
-    def average(self, state: Any, *names: str) -> dict[str, dict[str, torch.Tensor]]:
+    def came_late(self, step: int, metrics: Iterable[str]) -> None:
+        """Says so if these metrics of a step are what a running average lacked."""
+        self._keeping.averages.came_late(step, metrics)
+
+    def average(self, state: Any, *names: str) -> dict[str, dict[str, Any]]:
         """{name: {leaf: tensor}} of averages as of the newest step in memory, or as this life began with; collective.
 
         Raises on every rank what `read_average` raises on any.
         """
         self.wait(settings().deadline)
-        out: dict[str, dict[str, torch.Tensor]] = {}
+        out: dict[str, dict[str, Any]] = {}
         payload: bytes | Exception = b""
         step = next(iter(self._keeping.member.recall(self._group, pin=False).steps), None)
         opened: tuple[Backend, str] | None = None

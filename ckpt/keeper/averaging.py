@@ -124,7 +124,7 @@ def fold_pack(
         return _Folded(None, Base(None, progress), refuse, drift, digest)
     layout, order = cut.layout, cut.averages
     table = np.empty(layout.n_blocks, dtype="<u4")
-    sums, squares = np.zeros((len(order), 2)), np.zeros(len(order))
+    sums, squares, rows = np.zeros((len(order), 2)), [0.0] * len(order), layout.block.tolist()
     r = [rates[name] for name in order]
     old, now = base.pack, address(into)
     here, then = address(snapshot), 0 if old is None else address(old)
@@ -148,7 +148,7 @@ def fold_pack(
                 except NotFinite:
                     leaf = _split(layout.pieces[k], order)[1]
                     return fold_pack(snapshot, report, cut, base, step, marks, into, stop, f"not finite: {leaf}")
-                row, read = int(layout.block[k]) + block, before[m]  # while they are in the cache
+                row, read = rows[k] + block, before[m]  # while they are in the cache
                 if base.table is not None and read is not None and crc32c(read) != base.table[row]:
                     raise IntegrityError(f"{layout.pieces[k].tensor.name}: in memory it is not what was folded")
                 table[row] = crc32c(after[m])

@@ -148,6 +148,61 @@ def test_they_go_on_in_other_worlds(pool: Pool, tmp_path: Path, stored: bool) ->
         _same(found[rule], [0, 1, 2, 3, 4], rule)
 
 
+def _flat(rank: int, world: int, run: str, original: bool) -> None:
+    """FSDP1: averages of this rank's ranges; swapped in they are what the model computes with, and then no more."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    torch.manual_seed(0)
+    inner = nn.Sequential(
+        nn.Linear(5, 9), FSDP(nn.Linear(9, 3), use_orig_params=original, device_id=torch.device("cpu"))
+    )
+    model = FSDP(inner, use_orig_params=original, device_id=torch.device("cpu"))
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=0.1), torch.linspace(-1, 1, 20).reshape(4, 5)
+    state, sealed = {"model": model, "optimizer": optimizer}, []
+    cp = ckpt.Checkpointer(run, state, memory=ckpt.Every(1), averages={"swa": ckpt.Power(q=1)})
+    assert cp.restore() == 0
+    cp._kept.begin(state, 0)
+    for step in range(3):
+        model(batch).square().sum().backward()
+        cp.fence()
+        optimizer.step()
+        optimizer.zero_grad()
+        _granted(cp, step)
+        handle = cp.step(step)
+        assert handle is not None and handle.result(WAIT).step == step
+        with FSDP.summon_full_params(model):
+            sealed.append(
+                {k.replace("_fsdp_wrapped_module.", ""): v.detach().clone() for k, v in model.named_parameters()}
+            )
+    parts = cp.average("swa")
+    if not original:  # names of whole parameters then exist within summon_full_params alone, here as everywhere
+        assert all("_flat_param" not in name for name in parts)
+    plain = nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 3))
+    whole = {}
+    for name, p in plain.named_parameters():
+        lo, hi = parts[name].flat_range
+        whole[name] = torch.zeros(p.numel())
+        whole[name][lo:hi] = parts[name].tensor
+        dist.all_reduce(whole[name])
+        mean = torch.stack([s[name] for s in sealed]).mean(0) if original else None
+        if mean is not None:
+            torch.testing.assert_close(whole[name].view(p.shape), mean)
+    plain.load_state_dict({k: v.view(p.shape) for (k, v), p in zip(whole.items(), plain.parameters(), strict=True)})
+    with torch.no_grad():
+        before = model(batch)  # leaves the root's parameters whole
+        with cp.swapped(model, "swa"):
+            within = model(batch)
+        after = model(batch)
+        torch.testing.assert_close(within, plain(batch))
+    assert torch.equal(before, after) and not torch.equal(before, within)
+    assert cp.close().committed
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_flat_parameters(pool: Pool, tmp_path: Path, original: bool) -> None:
+    pool.run(_flat, str(tmp_path / "run"), original, world=2, env=ENV)
+
+
 def _two_hosts(rank: int, world: int, run: str, what: str) -> tuple[list[int], dict[str, Any], list[str]]:
     """Two hosts; something happens to one of them after the second step. (Steps that should count, averages, what was said.)"""
     os.environ["CKPT_HOST"] = f"h{rank}"

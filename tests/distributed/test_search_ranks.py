@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -131,12 +132,18 @@ def score(state):
 """
 
 
-def test_under_torchrun(run: Path, alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_under_a_launcher(run: Path, alone: Any, tmp_path: Path, launcher: str) -> None:
     (tmp_path / "eval_of_ranks.py").write_text(OBJECTIVE.format(size=SIZE, half=SIZE // 2))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ckpt.cli", "search"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if launcher == "mpiexec":
+        mpiexec = Path(sys.executable).with_name("mpiexec")
+        if not os.access(mpiexec, os.X_OK):
+            pytest.skip("needs mpiexec beside this python")
+        command = [str(mpiexec), "-n", "2", sys.executable]
     options = ["--budget", "90", "--seed", "5", "--population", "10", "--to", str(tmp_path / "dst"), "--json"]
     done = subprocess.run(
-        [sys.executable, *launch, str(run), "--objective", "eval_of_ranks:score", *options],
+        [*command, "-m", "ckpt.cli", "search", str(run), "--objective", "eval_of_ranks:score", *options],
         capture_output=True,
         text=True,
         timeout=200,

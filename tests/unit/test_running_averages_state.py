@@ -227,6 +227,12 @@ def test_a_metric_that_is_not_there(run: str, caplog: pytest.LogCaptureFixture) 
         last = seal(cp, state, last + 1, 1)[-1]
         assert (cp.averages["mwa"].folds, cp.averages["mwa"].refused) == (2, 1)
         assert "has no metric 'loss'" in caplog.text
+        assert "which came with record() after" not in caplog.text
+        for _ in range(2):
+            cp.record(last, {"accuracy": 0.5})
+            cp.record(last, {"loss": 1.5})
+        assert caplog.text.count(f"'loss', which came with record() after step {last}") == 1
+        assert "--weights mwa:loss,PENALTY" in caplog.text
         seal(cp, state, last + 1, 1, loss=1.0)
         assert (cp.averages["mwa"].folds, cp.averages["mwa"].refused) == (3, 1)
 
