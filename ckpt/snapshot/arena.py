@@ -20,7 +20,7 @@ from ckpt.errors import CapacityError
 __all__ = ["Slot", "available_memory", "rounded"]
 
 _GRAIN = 2 << 20
-_TOUCH = 64 << 20
+_TOUCH = 4 << 20  # bytes touched at once: some milliseconds, in which the interpreter's lock is held
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 
 
