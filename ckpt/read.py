@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.backends import Backend
-from ckpt.backends.base import ReadsAhead
+from ckpt.backends.base import ReadsAhead, ReadsMany
 from ckpt.backends.direct import PAGE, ReadOnce, memory_for_disks
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.dtypes import dtype
@@ -30,9 +30,7 @@ __all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
 _JOB = 1 << 20  # bytes of one read: few enough to be checked while still in the core's own cache
-_PAST = (
-    4 << 20
-) - BLOCK  # where a read is one from the disk; with what is before it in its page it fits two huge pages
+_PAST = (4 << 20) - BLOCK  # where it is one from the disk; with what is before it in its page it fits two huge pages
 _RANGE = 8 << 20  # where it is a request over a network
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
 _MANY = 512  # parts of one read, at most
@@ -81,8 +79,9 @@ def read_targets(
     are asked for as they are, and nothing else; past the page cache, ranges of almost 4 MiB. `opened`: packs that a call
     before this one has opened, by index; afterwards those that this one needed.
 
-    Uses `threads` threads with 4 MiB of scratch memory each, or 8 MiB then; past the page cache `streams`, if that is more. Raises IntegrityError naming file, block and tensor
-    for the first bytes that are not what was written; the targets' content is then undefined.
+    Uses `threads` threads with 4 MiB of scratch memory each, or 8 MiB then; past the page cache `streams`, if that is more.
+    Raises IntegrityError naming file, block and tensor for the first bytes that are not what was written; the targets'
+    content is then undefined.
     """
     stats = ReadStats(needed=sum([t.array.nbytes for t in targets]))
     plan = plan_reads(manifest, targets)
@@ -98,7 +97,8 @@ def read_targets(
     if any(_size(pack, at_once) == _PAST for pack in packs.values()):
         threads = max(threads, streams)
     few = stats.needed < 4 * _JOB
-    stats.read += _run_all(jobs, 1 if few else threads, progress)
+    together = _RANGE if isinstance(backend, ReadsMany) else 0
+    stats.read += _run_all(jobs, together, 1 if few else threads, progress)
     return stats
 
 
@@ -167,8 +167,17 @@ def _fragment(pack: Pack, segment: Segment) -> StoredFragment:
     return pack.fragment(segment.row, segment.tensor, segment.shape)
 
 
-def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None] | None) -> int:
-    """Runs all jobs; each is made while others are read. Returns the bytes read."""
+def _some(jobs: Iterator[_Job], size: int) -> Iterator[_Job]:
+    """The next ones, as many as have about `size` bytes, or one."""
+    for job in jobs:
+        yield job
+        size -= job.stop - job.start
+        if size <= 0:
+            return
+
+
+def _run_all(jobs: Iterator[_Job], together: int, threads: int, progress: Callable[[int], None] | None) -> int:
+    """Runs all jobs, about `together` bytes of them at a time; they are made while others are read. Returns the bytes read."""
     failed: list[BaseException] = []
     total = 0
     lock = threading.Lock()
@@ -179,14 +188,18 @@ def _run_all(jobs: Iterator[_Job], threads: int, progress: Callable[[int], None]
         try:
             while not failed:
                 with lock:
-                    job = next(jobs, None)
-                if job is None:
+                    some = list(_some(jobs, together))
+                if not some:
                     return
-                (_by_way if job.room else _in_place)(job, scratch)
+                if some[0].room:
+                    _by_way(some[0], scratch)
+                else:
+                    _in_place(some, scratch)
+                nbytes = sum(job.stop - job.start for job in some)
                 with lock:
-                    total += job.stop - job.start
+                    total += nbytes
                     if progress is not None:
-                        progress(job.stop - job.start)
+                        progress(nbytes)
         except BaseException as e:
             failed.append(e)
 
@@ -231,14 +244,34 @@ class _Scratch:
         return self._large[job.start % PAGE :][:size]
 
 
-def _in_place(job: _Job, scratch: _Scratch) -> None:
-    """One read call, each part to where it belongs; then each is checked."""
-    pack, parts = job.pack, job.parts
+def _in_place(jobs: Sequence[_Job], scratch: _Scratch) -> None:
+    """One read call, if the backend has one for many jobs, each part to where it belongs; then each is checked."""
+    scratch.begin()
+    places = [_places(job, scratch) for job in jobs]
+    backend = jobs[0].pack.backend
+    if len(jobs) == 1:
+        backend.read(jobs[0].pack.path, jobs[0].start, places[0][0])
+    else:
+        assert isinstance(backend, ReadsMany)
+        wanted = [(job.pack.path, job.start, into) for job, (into, _) in zip(jobs, places, strict=True)]
+        backend.read_many(wanted)
+    for job, (_, read) in zip(jobs, places, strict=True):
+        pack, expected = job.pack, job.pack.crc
+        for part, there in zip(job.parts, read, strict=True):
+            if isinstance(there, list):
+                _check_pieces(pack, part, there)
+            elif part.place is None:
+                _put(pack, part, there)
+            elif len(there) > BLOCK or crc32c(there) != expected[part.block]:
+                _check(pack, part, there)
+
+
+def _places(job: _Job, scratch: _Scratch) -> tuple[list[memoryview], list[memoryview | list[memoryview]]]:
+    """Where the bytes of a job go, one after the other; and where those of each part of it are then."""
     into: list[memoryview] = []
     read: list[memoryview | list[memoryview]] = []
     at = job.start
-    scratch.begin()
-    for _, lo, hi, _, _, head, place in parts:
+    for _, lo, hi, _, _, head, place in job.parts:
         if lo > at:
             into.append(scratch.take(lo - at))
         at = hi
@@ -254,15 +287,7 @@ def _in_place(job: _Job, scratch: _Scratch) -> None:
             continue
         into.append(place)
         read.append(place)
-    pack.backend.read(pack.path, job.start, into)
-    expected = pack.crc
-    for part, there in zip(parts, read, strict=True):
-        if isinstance(there, list):
-            _check_pieces(pack, part, there)
-        elif part.place is None:
-            _put(pack, part, there)
-        elif len(there) > BLOCK or crc32c(there) != expected[part.block]:
-            _check(pack, part, there)
+    return into, read
 
 
 def _by_way(job: _Job, scratch: _Scratch) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "Entry",
     "KeepsUploads",
     "ReadsAhead",
+    "ReadsMany",
     "Redundant",
     "Unfinished",
     "Upload",
@@ -104,6 +105,15 @@ class ReadsAhead(Protocol):
 
     def read_just(self, path: str, offset: int, into: Buffer) -> None:
         """As `read`, as one request for just that."""
+        ...
+
+
+@runtime_checkable
+class ReadsMany(Protocol):
+    """What a backend serves besides, if many ranges cost it hardly more time than one."""
+
+    def read_many(self, wanted: Sequence[tuple[str, int, Sequence[Buffer]]]) -> None:
+        """As `read` for each (path, offset, buffers)."""
         ...
 
 
