@@ -18,6 +18,7 @@ from ckpt.config import settings
 from ckpt.errors import CkptError, NotFoundError, PeerError
 from ckpt.keeper.holding import ATTEMPT
 from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.loan import Loans
 from ckpt.keeper.opening import PATIENCE, packs_of
 from ckpt.keeper.protocol import Frame
 from ckpt.keeper.recall import Recalled, Step, recall
@@ -129,8 +130,7 @@ class Member:
         """Asks the keeper of another host. Raises PeerError if it is not there, or what it refuses with."""
         line = Line(self._reach[host], bytes.fromhex(self._peers["secret"]), patience)
         try:
-            line.ask(kind, **head)
-            return line.answer()
+            return line.ask(kind, **head)
         finally:
             line.close()
 
@@ -160,10 +160,10 @@ class Member:
             w: LocalPack(fd, *extents[w], mapped.get(os.fstat(fd).st_ino))
             for w, fd in zip(writers, answer.fds, strict=True)
         }
-        secret = bytes.fromhex(self._peers["secret"])
-        packs, stripes = packs_of(step, extents, here, self._reach, self._host, secret)
+        loans = Loans(step.key, bytes.fromhex(self._peers["secret"]), PATIENCE)
+        packs, stripes = packs_of(step, extents, here, self._reach, self._host, loans)
         found = {_pack_path(folder, writer): pack for writer, pack in packs.items()}
-        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, found, stripes)
+        return SnapshotBackend(f"memory of {socket.gethostname()}", objects, found, stripes, loans)
 
     def _told_by_others(self, step: Step) -> Frame:
         """What a keeper of another host says of a step that the one here has never heard of."""

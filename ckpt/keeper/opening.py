@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 
 from ckpt.errors import NotFoundError
-from ckpt.keeper.lead import Key
+from ckpt.keeper.loan import PARITY, SEGMENT, Loans
 from ckpt.keeper.rebuild import Share, Stripes
 from ckpt.keeper.recall import Step
-from ckpt.keeper.source import Line, Pack, RemotePack, SharedPack
+from ckpt.keeper.source import Pack, RemotePack, SharedPack
 
 __all__ = ["PATIENCE", "packs_of"]
 
@@ -20,20 +20,19 @@ Address = tuple[str, int]
 
 
 class _Pieces:
-    """What another keeper holds of a step, as a `Store`."""
+    """What another keeper holds of a step, as a `Store` of one thread."""
 
-    def __init__(self, key: Key, address: Address, secret: bytes) -> None:
-        self._key, self._line = list(key), Line(address, secret, PATIENCE, lends=True)
+    def __init__(self, loans: Loans, address: Address) -> None:
+        self._loan = loans.at(address)
 
     def ask(self, parity: bool, offset: int, length: int) -> None:
-        what = "parity" if parity else "segment"
-        self._line.ask("piece", key=self._key, what=what, offset=offset, length=length)
+        self._loan.ask(PARITY if parity else SEGMENT, offset, length)
 
     def take(self, into: memoryview) -> None:
-        self._line.take(into)
+        self._loan.take(into)
 
     def close(self) -> None:
-        self._line.close()
+        self._loan.close()
 
 
 def packs_of(
@@ -42,9 +41,9 @@ def packs_of(
     here: Mapping[int, Pack],
     reach: Mapping[str, Address],
     host: str,
-    secret: bytes,
+    loans: Loans,
 ) -> tuple[dict[int, Pack], list[Stripes]]:
-    """(packs by writer, stripes that some of them are decoded from, to be closed with them).
+    """(packs by writer, stripes that some of them are decoded from); both read what is not here over `loans`.
 
     `extents` of all packs by writer: bytes, where it begins in its rank's memory; `here`: those on this host, which people call `host`; `reach`: keepers by their host.
     Raises NotFoundError if one cannot be had.
@@ -58,7 +57,7 @@ def packs_of(
         if number not in stripes:
             shares = {
                 name: Share(
-                    partial(_Pieces, step.key, address[name], secret),
+                    partial(_Pieces, loans, address[name]),
                     name in step.parts,
                     name in step.parity,
                     step.hosts[name] == host,
@@ -72,7 +71,7 @@ def packs_of(
         name, base, _ = step.layout.ranks[writer % len(step.layout.ranks)]
         direct = here.get(writer)
         if direct is None and name in step.parts and name in address:
-            direct = RemotePack((*step.key, writer), size, address[name], secret, PATIENCE)
+            direct = RemotePack(writer, size, address[name], loans)
         number = placement.group_of(name)
         if placement.groups[number].parity:
             packs[writer] = SharedPack(size, name, base + start, stripes_of(number), direct)

@@ -23,7 +23,7 @@ from typing import Any
 
 from ckpt.errors import DeadlineError, FormatError, PeerError
 
-__all__ = ["Connection", "Frame", "frame", "greet", "heading", "own_peer", "proof", "receive", "receive_into", "send"]
+__all__ = ["Connection", "Frame", "fill", "frame", "greet", "heading", "own_peer", "proof", "receive", "send"]
 
 VERSION = 1
 _HEADER = struct.Struct("<2sHIQ")
@@ -213,8 +213,10 @@ def send(sock: socket.socket, message: Frame) -> None:
         raise PeerError(f"the keeper is gone ({e.strerror or e})") from None
 
 
-def receive(sock: socket.socket, connection: Connection) -> Frame:
-    """Waits for one frame on a blocking socket. PeerError at its end, DeadlineError at a timeout."""
+def receive(sock: socket.socket, connection: Connection, begun: bytes | bytearray = b"") -> Frame:
+    """Waits for one frame on a blocking socket, of which `begun` was read already. PeerError at its end, DeadlineError at a
+    timeout."""
+    connection._in += begun
     while True:
         for message in connection.frames():
             return message
@@ -233,29 +235,13 @@ def receive(sock: socket.socket, connection: Connection) -> Frame:
         connection._in += data
 
 
-def receive_into(sock: socket.socket, into: memoryview) -> Frame:
-    """Waits for one frame on a blocking TCP socket, and has its payload go to `into`, if it is as long; else the frame
-    says what it has to say instead. PeerError at the end of the stream, DeadlineError at a timeout."""
-    header = bytearray(_HEADER.size)
-    _fill(sock, memoryview(header))
-    size = _frame_size(header, trusted=True)
-    assert size is not None
-    head = bytearray(size[0] - _HEADER.size)
-    _fill(sock, memoryview(head))
-    if size[1] == len(into):
-        _fill(sock, into)
-        return _parse(bytes(head), b"")
-    payload = bytearray(size[1])
-    _fill(sock, memoryview(payload))
-    return _parse(bytes(head), bytes(payload))
-
-
-def _fill(sock: socket.socket, into: memoryview) -> None:
-    """Waits for as many bytes."""
+def fill(sock: socket.socket, into: memoryview) -> None:
+    """Waits for as many bytes as there is room for. PeerError at the end of the stream, DeadlineError at a timeout, of
+    Python's or of the kernel's."""
     while into:
         try:
             n = sock.recv_into(into)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise DeadlineError("the keeper gave no answer in time; is it stopped?") from None
         except OSError as e:
             raise PeerError(f"the keeper is gone ({e.strerror or e})") from None

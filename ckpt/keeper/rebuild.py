@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,9 +27,9 @@ from ckpt.keeper.groups import Group
 
 __all__ = ["Share", "Store", "Stripes"]
 
-_SLICE = 1 << 20  # bytes of one chunk that are decoded at once
+_SLICE = 1 << 20  # bytes of one chunk that are decoded at once; smaller ones cost more switches between processes
 _SCRATCH = 8 << 20  # of a thread, for a slice of each chunk that one is decoded from
-_AHEAD = 2  # slices asked for before the one that is decoded
+_AHEAD = 8 << 20  # bytes to decode that are asked for ahead, half of them at once
 _WAYS = 64  # of a damaged block, at most
 
 _code = cache(Code)
@@ -84,6 +84,16 @@ class _Slice:
     pieces: tuple[_Piece, ...]
 
 
+class _Part(NamedTuple):
+    """Bytes `lo` to `hi` of data chunk `number` of a stripe, and where they go."""
+
+    stripe: int
+    number: int
+    lo: int
+    hi: int
+    into: memoryview
+
+
 class _Failed(Exception):
     def __init__(self, host: str, why: CkptError) -> None:
         super().__init__(host)
@@ -107,14 +117,27 @@ class Stripes:
         """Does without a host from now on."""
         self._failed.setdefault(host, why)
 
-    def read(self, host: str, offset: int, into: Sequence[memoryview]) -> None:
-        """Fills the buffers with bytes of a host's segment, decoded. NotFoundError if too few hosts are left for that."""
-        parts, damaged = list(self._cut(host, offset, into)), set[str]()
+    def read(self, host: str, wanted: Sequence[tuple[int, Sequence[memoryview]]]) -> None:
+        """Fills the buffers of several ranges with bytes of a host's segment, decoded. NotFoundError if too few hosts are
+        left for that."""
+        parts = [part for offset, into in wanted for part in self._cut(host, offset, into)]
         while True:
             try:
-                return self._read(parts, {host, *self._failed, *damaged})
+                return self._fetch(self._slices(parts, {host, *self._failed}))
             except _Failed as e:
-                if isinstance(e.why, IntegrityError):  # of these bytes; others that it holds may be well
+                if isinstance(e.why, IntegrityError):
+                    break
+                self.fail(e.host, e.why)
+        for part in parts:  # what is damaged is so in one place; elsewhere it may be what others are decoded from
+            self._read_one(host, part)
+
+    def _read_one(self, host: str, part: _Part) -> None:
+        damaged = set[str]()
+        while True:
+            try:
+                return self._fetch(self._slices([part], {host, *self._failed, *damaged}))
+            except _Failed as e:
+                if isinstance(e.why, IntegrityError):
                     damaged.add(e.host)
                 else:
                     self.fail(e.host, e.why)
@@ -152,10 +175,7 @@ class Stripes:
 
     # A range is cut where its chunks end, and into slices.
 
-    def _cut(
-        self, host: str, offset: int, into: Sequence[memoryview]
-    ) -> Iterator[tuple[int, int, int, int, memoryview]]:
-        """(stripe, number of the chunk in it, bytes from and to in the chunk, where they go)."""
+    def _cut(self, host: str, offset: int, into: Sequence[memoryview]) -> Iterator[_Part]:
         chunks = [c for c in self._group.shares[host].chunks if c.stop > c.start]
         for buffer in into:
             buffer, end = buffer.cast("B"), offset + buffer.nbytes
@@ -165,19 +185,14 @@ class Stripes:
                 covered += max(0, last - first)
                 for at in range(first, last, self._slice):
                     n = min(self._slice, last - at)
-                    yield c.stripe, c.number, at - c.start, at - c.start + n, buffer[at - offset : at - offset + n]
+                    yield _Part(c.stripe, c.number, at - c.start, at - c.start + n, buffer[at - offset :][:n])
             if covered != end - offset:
                 raise NotFoundError(f"{host} is not protected: no other host has parity of what it held")
             offset = end
 
-    def _read(self, parts: Sequence[tuple[int, int, int, int, memoryview]], without: Collection[str]) -> None:
-        self._fetch(self._slices(parts, without))
-
-    def _slices(
-        self, parts: Sequence[tuple[int, int, int, int, memoryview]], without: Collection[str]
-    ) -> Iterator[_Slice]:
-        for stripe, wanted, lo, hi, into in parts:
-            yield _Slice(wanted, into, self._pieces(stripe, wanted, lo, hi, without))
+    def _slices(self, parts: Sequence[_Part], without: Collection[str]) -> Iterator[_Slice]:
+        for p in parts:
+            yield _Slice(p.number, p.into, self._pieces(p.stripe, p.number, p.lo, p.hi, without))
 
     def _pieces(self, stripe: int, wanted: int, lo: int, hi: int, without: Collection[str]) -> tuple[_Piece, ...]:
         """The cheapest pieces that are enough: those without bytes, of this host, data, parity."""
@@ -208,7 +223,7 @@ class Stripes:
     # Slices are asked for ahead, taken in order.
 
     def _fetch(self, slices: Iterator[_Slice]) -> None:
-        code, asked = _code(self._group.data, self._group.parity), deque[_Slice]()
+        code, asked, ahead = _code(self._group.data, self._group.parity), deque[_Slice](), 0
         scratch = self._scratch()
         try:
             for s in slices:
@@ -216,8 +231,11 @@ class Stripes:
                     if piece.length:
                         self._at(piece.host, lambda store, p=piece: store.ask(p.parity, p.offset, p.length))  # type: ignore[misc]
                 asked.append(s)
-                if len(asked) > _AHEAD:
-                    self._take(asked.popleft(), code, scratch)
+                ahead += len(s.into)
+                if ahead >= _AHEAD:
+                    while ahead > _AHEAD // 2:
+                        ahead -= len(asked[0].into)
+                        self._take(asked.popleft(), code, scratch)
             while asked:
                 self._take(asked.popleft(), code, scratch)
         except BaseException:

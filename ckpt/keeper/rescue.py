@@ -30,8 +30,9 @@ from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError
 from ckpt.format.codec import Codec, crc32c
 from ckpt.keeper.holding import Held, Intact, Memory, commit_held, write_packs
 from ckpt.keeper.lead import Key
+from ckpt.keeper.loan import Loans
 from ckpt.keeper.loop import Loop
-from ckpt.keeper.opening import packs_of
+from ckpt.keeper.opening import PATIENCE, packs_of
 from ckpt.keeper.protocol import Frame
 from ckpt.keeper.recall import Step, recall
 from ckpt.keeper.seat import Life
@@ -122,8 +123,7 @@ def rescue(wreck: Wreck, key: Key | None = None) -> Commit | None:
     def ask(host: str, patience: float) -> Frame:
         line = Line(wreck.reach[host], wreck.secret, patience)
         try:
-            line.ask("inventory")
-            return line.answer()
+            return line.ask("inventory")
         finally:
             line.close()
 
@@ -159,7 +159,8 @@ def _write(wreck: Wreck, step: Step, held: Held, attempt: str) -> dict[int, Pack
     extents = {w: (size, start) for w, size, start in held.packs}
     mine = {w: held.memory[w] for w in extents if w in held.memory}
     here: dict[int, Pack] = {w: LocalPack(os.dup(m.fd), *extents[w]) for w, m in mine.items()}
-    packs, stripes = packs_of(step, extents, here, wreck.reach, wreck.host, wreck.secret)
+    loans = Loans(step.key, wreck.secret, PATIENCE)
+    packs, stripes = packs_of(step, extents, here, wreck.reach, wreck.host, loans)
     reports: dict[int, PackReport | None] = {w: None for w in held.parts if w not in extents}
     ring = _Lazy(wreck.config)
 
@@ -187,6 +188,7 @@ def _write(wreck: Wreck, step: Step, held: Held, attempt: str) -> dict[int, Pack
             pack.close()
         for s in stripes:
             s.close()
+        loans.close()
     return reports
 
 
@@ -206,7 +208,7 @@ def _read(pack: Pack, held: Held, writer: int, memory: Memory) -> None:
     """Fills memory as that of the writer's rank; what is not what was sealed is looked for elsewhere. Raises IntegrityError."""
     report, view = held.parts[writer].report, memoryview(memory.writable[held.start(writer) :])
     assert report is not None
-    pack.read(0, [view])
+    pack.read([(0, [view])])
 
     def mend(start: int, end: int, crc: int) -> None:
         if crc32c(view[start:end]) == crc:

@@ -3,17 +3,14 @@
     inventory   all that it holds, as `ckpt.keeper.wire.decode_holding` reads it; changes nothing
     pin         the same, and from then on nothing of it is overwritten or let go of, until the next life begins
     describe    {key}: the commit and the manifest of a step, and its packs, as `Held.packs`
-    piece       {key, what, offset, length}: bytes of this host's "segment" of a step, or of the "parity" that it keeps of it
 
 to trainers only: open, as describe, with descriptors of the memory; protected {generation}, answered when it is known whether
 this host can protect the steps of that life; and only to other hosts: fence, for a life that this host is not in; fold, after
-which the connection brings chunks; lend, after which it asks for pieces, and for ranges {pack, offset, length} of packs, which
-a thread of its own answers.
+which the connection brings chunks; lend {key}, after which a thread of its own answers on it, see `ckpt.keeper.loan`.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,13 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, to_wire
-from ckpt.format.codec import crc32c
+from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError
 from ckpt.keeper.holding import as_checkpoint
+from ckpt.keeper.lead import Key
+from ckpt.keeper.loan import PARITY, SEGMENT, lend
 from ckpt.keeper.loop import Loop, Peer
-from ckpt.keeper.protocol import Connection, Frame, frame, heading, receive, send
+from ckpt.keeper.protocol import Frame, frame, send
 from ckpt.keeper.shield import Shield, host_of, key_of
-from ckpt.keeper.streams import receive_pieces, send_all
+from ckpt.keeper.streams import receive_pieces
 from ckpt.keeper.vault import Vault
 from ckpt.keeper.wire import encode_holding
 
@@ -46,12 +44,13 @@ class Service:
     def __init__(self, loop: Loop, vault: Vault, shield: Shield, tell: Callable[[Frame], None]) -> None:
         self._loop, self._vault, self._shield, self._tell = loop, vault, shield, tell
         self._waiting: list[tuple[int, Peer, Frame]] = []  # generation, who asks, the question
+        self._sound: dict[tuple[Key, int], set[int]] = {}  # pieces that were checked since a restart began
         shield.ready_changed = self._tell_ready
 
     def of(self, role: str, kind: str) -> Answer | None:
         """What answers a question of a "trainer", or of a "caller", which is another host's."""
         both: dict[str, Answer] = {
-            "inventory": self._inventory, "pin": self._pin, "describe": self._describe, "piece": self._piece,
+            "inventory": self._inventory, "pin": self._pin, "describe": self._describe,
         }  # fmt: skip
         own: dict[str, Answer] = {"open": self._open, "protected": self._protected}
         theirs: dict[str, Answer] = {"fence": self._fence, "fold": self._fold, "lend": self._lend}
@@ -85,6 +84,7 @@ class Service:
         return frame("answer", holding=holding, held=self._held(), pinned=self._shield.pinned)
 
     def _pin(self, peer: Peer, message: Frame) -> Frame:
+        self._sound = {}
         return frame("answer", holding=encode_holding(self._shield.pin()), held=self._held(), pinned=True)
 
     def _held(self) -> list[Any]:
@@ -114,75 +114,48 @@ class Service:
         commit, manifest = as_checkpoint(held)
         return frame("answer", commit + manifest, folder=held.folder, cut=len(commit), packs=held.packs)
 
-    def _piece(self, peer: Peer, message: Frame) -> Frame:
-        data = b"".join(part.tobytes() for part in self._parts(message))
-        return frame("answer", data, crc=crc32c(data))
-
     def _lend(self, peer: Peer, message: Frame) -> None:
         """From here on a thread of its own answers what is asked for over this connection, straight from memory."""
+        key, number = key_of(message["key"]), message["id"]
         sock = self._loop.release(peer)
-        threading.Thread(target=self._lending, args=(sock, message["id"]), name="ckpt-lend", daemon=True).start()
 
-    def _lending(self, sock: socket.socket, number: int) -> None:
-        line = Connection(sock)
-        with sock, suppress(CkptError, OSError):  # who reads is gone, or has what he wants
-            sock.settimeout(None)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            send(sock, frame("answer", id=number))
-            while True:
-                asked = receive(sock, line)
-                try:
-                    parts = self._parts(asked)
-                except CkptError as e:
-                    send(sock, frame("refused", error=to_wire(e)))
-                    return
-                told = frame("answer", id=asked.head.get("id", 0))
-                send_all(sock, [heading(told, sum(len(p) for p in parts)), *parts])
+        def work() -> None:
+            with sock, suppress(CkptError, OSError):  # who reads is gone, or has what he wants
+                lend(sock, number, lambda what, start, stop: self._lent(key, what, start, stop))
 
-    def _parts(self, message: Frame) -> list[Bytes]:
-        """What is asked for, where it lies; pieces are checked. From any thread.
+        threading.Thread(target=work, name="ckpt-lend", daemon=True).start()
+
+    def _lent(self, key: Key, what: int, start: int, stop: int) -> list[Bytes]:
+        """What is asked for, where it lies; of segments and parity it is checked. From any thread.
 
         Raises NotFoundError if it is there no more, IntegrityError if it is not what was protected.
         """
-        try:
-            start, stop = int(message["offset"]), int(message["offset"]) + int(message["length"])
-            if message.kind == "range":
-                generation, step, writer = (int(n) for n in message["pack"])
-            else:
-                key, what = key_of(message["key"]), str(message["what"])
-        except (TypeError, ValueError) as e:
-            raise ConflictError(f"{message.kind!r} makes no sense here ({e})") from None
-        if message.kind == "range":
-            return [self._range(generation, step, writer, start, stop)]
-        if message.kind != "piece":
-            raise ConflictError(f"{message.kind!r} over a connection for pieces")
         shield = self._shield
-        segment = shield.segment_of(key) if what == "segment" else None
-        area = shield.parity_of(key) if what == "parity" else None
+        if what >= 0:
+            held = self._vault.held.get(key)
+            if held is None or what not in held.memory:
+                raise NotFoundError(f"pack {what} of step {key[1]} is no longer in the memory of {shield.host}")
+            pack = held.pack(what)
+            _within(start, stop, len(pack), f"pack {what}")
+            return [pack[start:stop]]
+        segment = shield.segment_of(key) if what == SEGMENT else None
+        area = shield.parity_of(key) if what == PARITY else None
         if segment is None and area is None:
-            raise NotFoundError(f"{shield.host} has no {what} of step {key[1]} any more")
-        size = segment.nbytes if segment is not None else shield.areas.size(area or 0)
-        if not 0 <= start <= stop <= size or stop - start > _RANGE:
-            raise ConflictError(f"bytes {start} to {stop} of {what} of {size} bytes on {shield.host}")
+            name = "segment" if what == SEGMENT else "parity"
+            raise NotFoundError(f"{shield.host} has no {name} of step {key[1]} any more")
+        # Within a restart nothing changes: a piece that was found sound is not looked at again for its next few KiB.
+        sound = self._sound.setdefault((key, what), set()) if shield.pinned else set[int]()
         try:
             if segment is None:
-                return [shield.areas.read(area or 0, start, stop)]
-            segment.check(start, stop)
+                _within(start, stop, shield.areas.size(area or 0), "parity")
+                return [shield.areas.read(area or 0, start, stop, sound)]
+            _within(start, stop, segment.nbytes, "a segment")
+            segment.check(start, stop, sound)
             return segment.read(start, stop)
         except IntegrityError as e:
             why = str(e)
             self._loop.later(lambda: shield.spoil(key, why))
             raise
-
-    def _range(self, generation: int, step: int, writer: int, start: int, stop: int) -> Bytes:
-        """Bytes of a pack, for a rank of another host, who checks them."""
-        held = self._vault.held.get((generation, step))
-        if held is None or writer not in held.memory:
-            raise NotFoundError(f"pack {writer} of step {step} is no longer in the memory of {self._shield.host}")
-        pack = held.pack(writer)
-        if not 0 <= start <= stop <= len(pack) or stop - start > _RANGE:
-            raise ConflictError(f"bytes {start} to {stop} of a pack of {len(pack)}")
-        return pack[start:stop]
 
     def _fence(self, peer: Peer, message: Frame) -> Frame:
         told = self._shield.fence(int(message["generation"]))
@@ -214,3 +187,8 @@ class Service:
         ]
         protected = {"group": group, "code": code, "announced": announced, "parity": shield.areas.nbytes}
         return {"steps": steps, "memory": self._vault.nbytes, **protected}
+
+
+def _within(start: int, stop: int, size: int, what: str) -> None:
+    if not 0 <= start <= stop <= size or stop - start > _RANGE:
+        raise ConflictError(f"bytes {start} to {stop} of {what} of {size} bytes")

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ckpt.backends.base import Buffer, Entry, Upload
 from ckpt.errors import DeadlineError, IntegrityError, NotFoundError, PeerError, UsageError, from_wire
-from ckpt.keeper.protocol import Frame, frame, greet, receive, receive_into, send
+from ckpt.keeper.loan import Loans
+from ckpt.keeper.protocol import Frame, frame, greet, receive, send
 from ckpt.keeper.rebuild import Stripes
 
 __all__ = ["Line", "LocalPack", "Pack", "RemotePack", "SharedPack", "SnapshotBackend"]
@@ -24,13 +25,17 @@ log = logging.getLogger("ckpt")
 _RANGE = 8 << 20
 
 
+Range = tuple[int, Sequence[Buffer]]
+"""Where bytes begin, and the buffers that they go to, one after the other."""
+
+
 class Pack(Protocol):
-    """One pack: `read` fills the buffers from `offset` on."""
+    """One pack. `read` fills the buffers of several ranges, which are asked for at once where that takes a network."""
 
     @property
     def size(self) -> int: ...
 
-    def read(self, offset: int, into: Sequence[Buffer]) -> None: ...
+    def read(self, wanted: Sequence[Range]) -> None: ...
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
         """See `ckpt.backends.base.Redundant`."""
@@ -54,15 +59,15 @@ class LocalPack:
     start: int = 0
     mapped: npt.NDArray[np.uint8] | None = None
 
-    def read(self, offset: int, into: Sequence[Buffer]) -> None:
-        at, end = self.start + offset, self.start + offset + sum(len(b) for b in into)
-        if self.mapped is not None and end <= len(self.mapped):
-            for buffer in into:
-                np.copyto(np.frombuffer(buffer, dtype=np.uint8), self.mapped[at : at + len(buffer)])
-                at += len(buffer)
-            return
-        if os.preadv(self.fd, into, self.start + offset) != sum(len(b) for b in into):
-            raise IntegrityError(f"memory of this host: ends before byte {offset + sum(len(b) for b in into)}")
+    def read(self, wanted: Sequence[Range]) -> None:
+        for offset, into in wanted:
+            at, end = self.start + offset, self.start + offset + sum(len(b) for b in into)
+            if self.mapped is not None and end <= len(self.mapped):
+                for buffer in into:
+                    np.copyto(np.frombuffer(buffer, dtype=np.uint8), self.mapped[at : at + len(buffer)])
+                    at += len(buffer)
+            elif os.preadv(self.fd, into, at) != end - at:
+                raise IntegrityError(f"memory of this host: ends before byte {end - self.start}")
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
         yield from ()
@@ -76,39 +81,15 @@ class LocalPack:
 
 
 class Line:
-    """A connection to the keeper of another host, for one thread: ranges are asked for ahead and come in that order.
+    """A connection to the keeper of another host, for questions. `patience`: seconds that may pass without a byte. Every
+    method raises PeerError, DeadlineError or what the keeper refused with; the line is of no use then."""
 
-    `patience`: seconds that may pass without a byte; `lends`: a thread of the keeper answers, and nothing but pieces and
-    ranges is asked for. Every method raises PeerError, DeadlineError or what the keeper
-    refused with; the line is of no use then.
-    """
-
-    def __init__(self, address: tuple[str, int], secret: bytes, patience: float, *, lends: bool = False) -> None:
-        self._where = address[0]
+    def __init__(self, address: tuple[str, int], secret: bytes, patience: float) -> None:
         self._sock, self._line = greet(address, secret, patience)
-        self.received = 0
-        if lends:
-            try:
-                self.ask("lend")
-                self.answer()
-            except BaseException:
-                self.close()
-                raise
 
-    def ask(self, kind: str, **head: Any) -> None:
+    def ask(self, kind: str, **head: Any) -> Frame:
+        """The answer to a question."""
         send(self._sock, frame(kind, id=0, **head))
-
-    def take(self, into: Buffer) -> None:
-        """The answer asked for first of those not taken, which is as long as `into`."""
-        answer = receive_into(self._sock, into)
-        if answer.kind == "refused":
-            raise from_wire(*answer["error"])
-        if answer.kind != "answer" or len(answer.payload):
-            raise NotFoundError(f"the keeper at {self._where} gave another answer than {len(into)} bytes")
-        self.received += len(into)
-
-    def answer(self) -> Frame:
-        """The same of an answer of any length."""
         answer = receive(self._sock, self._line)
         if answer.kind == "refused":
             raise from_wire(*answer["error"])
@@ -119,48 +100,33 @@ class Line:
 
 
 class RemotePack:
-    """In the care of another host's keeper; every thread that reads has a connection of its own.
+    """The pack of a writer in the care of another host's keeper."""
 
-    `pack`: generation, step, rank; `patience`: seconds that may pass without a byte.
-    """
+    def __init__(self, writer: int, size: int, address: tuple[str, int], loans: Loans) -> None:
+        self.size, self.moved = size, 0
+        self._writer, self._address, self._loans = writer, address, loans
+        self._counting = threading.Lock()
 
-    def __init__(
-        self, pack: tuple[int, int, int], size: int, address: tuple[str, int], secret: bytes, patience: float
-    ) -> None:
-        self.size = size
-        self._pack, self._address, self._secret, self._patience = pack, address, secret, patience
-        self._own = threading.local()
-        self._open: list[Line] = []
-
-    def read(self, offset: int, into: Sequence[Buffer]) -> None:
-        if not hasattr(self._own, "line"):
-            self._own.line = Line(self._address, self._secret, self._patience, lends=True)
-            self._open.append(self._own.line)
-        line, parts = self._own.line, []
-        for buffer in into:
-            parts += [buffer[at : at + _RANGE] for at in range(0, len(buffer), _RANGE)]
-        try:
-            for part in parts:
-                line.ask("range", pack=self._pack, offset=offset, length=len(part))
-                offset += len(part)
-            for part in parts:
-                line.take(part)
-        except BaseException:
-            line.close()
-            del self._own.line
-            raise
+    def read(self, wanted: Sequence[Range]) -> None:
+        loan, parts = self._loans.at(self._address), list[Buffer]()
+        for offset, into in wanted:
+            for buffer in into:
+                for at in range(0, len(buffer), _RANGE):
+                    part = buffer[at : at + _RANGE]
+                    loan.ask(self._writer, offset + at, len(part))
+                    parts.append(part)
+                offset += len(buffer)
+        for part in parts:
+            loan.take(part)
+        with self._counting:
+            self.moved += sum(map(len, parts))
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
-        self.read(offset, [into])
+        self.read([(offset, [into])])
         yield "sent once more"
 
-    @property
-    def moved(self) -> int:
-        return sum(line.received for line in self._open)
-
     def close(self) -> None:
-        for line in self._open:
-            line.close()
+        """Its loans are closed by who made them."""
 
 
 class SharedPack:
@@ -174,15 +140,15 @@ class SharedPack:
         self._stripes, self._direct = stripes, direct
         self._lost = direct is None
 
-    def read(self, offset: int, into: Sequence[Buffer]) -> None:
+    def read(self, wanted: Sequence[Range]) -> None:
         if self._direct is not None and not self._lost:
             try:
-                return self._direct.read(offset, into)
+                return self._direct.read(wanted)
             except (PeerError, DeadlineError, NotFoundError, IntegrityError) as e:
                 log.error("ckpt: what %s holds is decoded from the memory of others: %s", self._host, e)
                 self._stripes.fail(self._host, e)
                 self._lost = True
-        self._stripes.read(self._host, self._base + offset, into)
+        self._stripes.read(self._host, [(self._base + offset, into) for offset, into in wanted])
 
     def otherwise(self, offset: int, into: Buffer) -> Iterator[str]:
         if self._direct is not None and not self._lost:
@@ -200,21 +166,34 @@ class SharedPack:
 
 
 class SnapshotBackend:
-    """One step, read-only: small objects as they are, and packs, by path. The packs, and the stripes that some of them are
-    decoded from, are closed with the backend."""
+    """One step, read-only: small objects as they are, and packs, by path. The packs, the stripes that some of them are
+    decoded from, and what both are lent over are closed with the backend."""
 
     def __init__(
-        self, root: str, objects: Mapping[str, bytes], packs: Mapping[str, Pack], stripes: Sequence[Stripes] = ()
+        self,
+        root: str,
+        objects: Mapping[str, bytes],
+        packs: Mapping[str, Pack],
+        stripes: Sequence[Stripes],
+        loans: Loans,
     ) -> None:
         self.root = root
-        self._objects, self._packs, self._stripes = dict(objects), dict(packs), stripes
+        self._objects, self._packs, self._stripes, self._loans = dict(objects), dict(packs), stripes, loans
         self._moved = 0
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
-        pack = self._pack(path)
-        if offset + sum(len(b) for b in into) > pack.size:
-            raise IntegrityError(f"{self.root}/{path}: is only {pack.size} bytes long")
-        pack.read(offset, into)
+        self.read_many([(path, offset, into)])
+
+    def read_many(self, wanted: Sequence[tuple[str, int, Sequence[Buffer]]]) -> None:
+        """See `ckpt.backends.base.ReadsMany`."""
+        by_path: dict[str, list[Range]] = {}
+        for path, offset, into in wanted:
+            size = self._pack(path).size
+            if offset + sum(len(b) for b in into) > size:
+                raise IntegrityError(f"{self.root}/{path}: is only {size} bytes long")
+            by_path.setdefault(path, []).append((offset, into))
+        for path, ranges in by_path.items():
+            self._pack(path).read(ranges)
 
     def otherwise(self, path: str, offset: int, into: Buffer) -> Iterator[str]:
         yield from self._pack(path).otherwise(offset, into)
@@ -247,8 +226,7 @@ class SnapshotBackend:
         self._moved = self.moved
         for pack in self._packs.values():
             pack.close()
-        for stripes in self._stripes:
-            stripes.close()
+        self._loans.close()
         self._packs, self._stripes = {}, ()
 
     def create(self, path: str, data: bytes) -> None:

@@ -29,6 +29,7 @@ from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack, pack_he
 from ckpt.keeper.groups import Placement
 from ckpt.keeper.holding import encode_plan
 from ckpt.keeper.link import Link, keeper_name
+from ckpt.keeper.loan import PARITY, SEGMENT, Loan
 from ckpt.keeper.protocol import Frame, frame, greet, receive, send
 from ckpt.keeper.shield import host_of
 from ckpt.keeper.wire import Holding, decode_holding, encode_redundancy
@@ -260,6 +261,16 @@ class Fleet:
             send(sock, frame(kind, id=0, **head))
             return receive(sock, line)
 
+    def lent(self, host: str, key: Key, what: int, offset: int, length: int) -> bytes:
+        """Bytes that a keeper lends of its segment or parity. Raises what it refuses with."""
+        loan, out = Loan(self.trainers[host].address, bytes.fromhex(self.secret), key, WAIT), bytearray(length)
+        try:
+            loan.ask(what, offset, length)
+            loan.take(memoryview(out))
+        finally:
+            loan.close()
+        return bytes(out)
+
     def holding(self, host: str) -> Holding:
         return decode_holding(self.ask(host, "inventory")["holding"])
 
@@ -301,9 +312,7 @@ class Fleet:
         for h in names:
             assert held[h].inventory.whole[key] == placement
             got = b"".join(
-                self.ask(
-                    h, "piece", key=list(key), what="segment", offset=at, length=min(1 << 20, len(segments[h]) - at)
-                ).payload
+                self.lent(h, key, SEGMENT, at, min(1 << 20, len(segments[h]) - at))
                 for at in range(0, len(segments[h]), 1 << 20)
             )
             assert got == segments[h], f"the segment of {h} at {key} is not what was sealed"
@@ -320,8 +329,7 @@ class Fleet:
                     [area] = [i for i, a in enumerate(areas) if a is not None and a.key == key]
                     found = [Path(path).read_bytes()[offset : offset + n] for path in self.area(host, area)]
                     assert bytes_ in found and len(found) <= 2, f"parity of stripe {stripe.number} on {host} at {key}"
-                    first = self.ask(host, "piece", key=list(key), what="parity", offset=offset, length=min(n, 1 << 20))
-                    assert first.payload == bytes_[: 1 << 20] and first["crc"] == crc32c(first.payload)
+                    assert self.lent(host, key, PARITY, offset, min(n, 1 << 20)) == bytes_[: 1 << 20]
         return placement
 
     # What happens to hosts.

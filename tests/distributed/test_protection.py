@@ -16,7 +16,9 @@ import ckpt
 from ckpt.backends.local import LocalBackend
 from ckpt.catalog import list_run
 from ckpt.config import ErasureCode, Replicas
+from ckpt.errors import IntegrityError
 from ckpt.keeper.groups import Placement
+from ckpt.keeper.loan import PARITY, SEGMENT
 from ckpt.keeper.shield import host_of
 from ckpt.keeper.view import keepers_here
 from ckpt.snapshot.arena import rounded
@@ -202,9 +204,9 @@ def test_damage_in_a_slot_is_not_encoded(made: Made) -> None:
     fleet.check(key)
     slot = fleet.trainers["h2"].slots[fleet.holding("h2").slots[key]]
     slot.buffer[(1 << 20) + 5] ^= 1
-    refused = fleet.ask("h2", "piece", key=list(key), what="segment", offset=1 << 20, length=1 << 12)
-    assert refused.kind == "refused" and refused["error"][0] == "integrity"
-    assert fleet.ask("h2", "piece", key=list(key), what="segment", offset=0, length=1 << 12).kind == "answer"
+    with pytest.raises(IntegrityError):
+        fleet.lent("h2", key, SEGMENT, 1 << 20, 1 << 12)
+    assert fleet.lent("h2", key, SEGMENT, 0, 1 << 12) == fleet.segment("h2", key)[: 1 << 12]
     assert fleet.holding("h2").inventory.spoiled == {key}
 
 
@@ -214,9 +216,9 @@ def test_damage_in_parity_is_not_given_away(made: Made) -> None:
     key = fleet.rest()
     [area] = [n for n, a in enumerate(fleet.holding("h1").inventory.areas) if a is not None and a.key == key]
     fleet.flip_parity("h1", area, (1 << 20) + 77)
-    refused = fleet.ask("h1", "piece", key=list(key), what="parity", offset=1 << 20, length=100)
-    assert refused.kind == "refused" and refused["error"][0] == "integrity"
-    assert fleet.ask("h1", "piece", key=list(key), what="parity", offset=0, length=100).kind == "answer"
+    with pytest.raises(IntegrityError):
+        fleet.lent("h1", key, PARITY, 1 << 20, 100)
+    assert len(fleet.lent("h1", key, PARITY, 0, 100)) == 100
     assert fleet.holding("h1").inventory.spoiled == {key}
 
 

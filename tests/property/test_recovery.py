@@ -112,12 +112,12 @@ def test_any_loss_of_as_many_hosts_as_there_is_parity(shape: str) -> None:
                 for lo, hi in ((0, len(part)), (at, to)):
                     cut = rng.randint(0, hi - lo)
                     into = [bytearray(cut), bytearray(hi - lo - cut)]
-                    stripes.read(name, lo, [memoryview(b) for b in into])
+                    stripes.read(name, [(lo, [memoryview(b) for b in into])])
                     assert b"".join(into) == part[lo:hi]
     name = max(m.parts, key=lambda n: len(m.parts[n]))
     lost = m.parts.keys() if shape == "tiny" else sorted(m.parts)[m.group.data - 1 :]  # many of its chunks are empty
     with pytest.raises(NotFoundError, match=f"fewer than {m.group.data} of {len(m.parts)} hosts"):
-        m.stripes(m.parts.keys() - {name, *lost}).read(name, 0, [memoryview(bytearray(len(m.parts[name])))])
+        m.stripes(m.parts.keys() - {name, *lost}).read(name, [(0, [memoryview(bytearray(len(m.parts[name])))])])
 
 
 def test_what_is_on_this_host_is_not_asked_of_others() -> None:
@@ -125,7 +125,7 @@ def test_what_is_on_this_host_is_not_asked_of_others() -> None:
     lost = {"h0", "h5"}
     stripes = m.stripes(m.parts.keys() - lost, near="h1")
     into = memoryview(bytearray(len(m.parts["h0"])))
-    stripes.read("h0", 0, [into])
+    stripes.read("h0", [(0, [into])])
     moved = sum(memory.moved for name, memory in m.memory.items() if name != "h1")
     assert bytes(into) == m.parts["h0"] and stripes.moved == moved <= 3 * len(into)
 
@@ -137,7 +137,7 @@ def test_large_chunks_are_decoded_in_slices() -> None:
     m = Made(group, parts, {n: Memory(parts[n], areas[n]) for n in parts})
     for name in parts:
         into = bytearray(len(parts[name]) - 5)
-        m.stripes(parts.keys() - {name}).read(name, 5, [memoryview(into)])
+        m.stripes(parts.keys() - {name}).read(name, [(5, [memoryview(into)])])
         assert bytes(into) == parts[name][5:]
 
 
@@ -148,14 +148,14 @@ def test_a_host_that_fails_while_it_is_read_counts_as_lost(answers: int) -> None
         m.memory[other].answers = answers
         stripes, into = m.stripes(m.parts.keys() - {name}), bytearray(len(m.parts[name]))
         for _ in range(3):
-            stripes.read(name, 0, [memoryview(into)])
+            stripes.read(name, [(0, [memoryview(into)])])
             assert bytes(into) == m.parts[name]
         m.memory[other].answers = 10**9
     name, *others = sorted(m.parts)
     for other in others[:2]:
         m.memory[other].answers = 1
     with pytest.raises(NotFoundError, match="it is gone"):
-        m.stripes(m.parts.keys() - {name}).read(name, 0, [memoryview(bytearray(len(m.parts[name])))])
+        m.stripes(m.parts.keys() - {name}).read(name, [(0, [memoryview(bytearray(len(m.parts[name])))])])
 
 
 @dataclass
@@ -189,8 +189,12 @@ def test_bytes_that_a_host_finds_damaged_are_lost_but_not_the_others_that_it_hol
         for chunk in m.group.shares[name].chunks:
             for at in range(chunk.start, chunk.stop, 1024):
                 into = bytearray(min(1024, chunk.stop - at))
-                stripes.read(name, at, [memoryview(into)])
+                stripes.read(name, [(at, [memoryview(into)])])
                 assert bytes(into) == m.parts[name][at : at + len(into)]
+            starts = range(chunk.start, chunk.stop, 1024)
+            rooms = [bytearray(min(1024, chunk.stop - at)) for at in starts]
+            stripes.read(name, [(at, [memoryview(room)]) for at, room in zip(starts, rooms, strict=True)])
+            assert b"".join(rooms) == m.parts[name][chunk.start : chunk.stop]
 
 
 class Direct:
@@ -199,13 +203,12 @@ class Direct:
     def __init__(self, content: bytes, fails: int = 10**9) -> None:
         self.size, self.content, self.reads = len(content), content, fails
 
-    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+    def read(self, wanted: Sequence[tuple[int, Sequence[memoryview]]]) -> None:
         self.reads -= 1
         if self.reads < 0:
             raise PeerError("it is gone")
-        for buffer in into:
+        for offset, [buffer] in wanted:
             buffer[:] = self.content[offset : offset + len(buffer)]
-            offset += len(buffer)
 
     def otherwise(self, offset: int, into: memoryview) -> list[str]:
         return []
@@ -225,7 +228,7 @@ def test_a_pack_is_read_where_it_is_and_decoded_from_when_that_fails() -> None:
     pack = SharedPack(len(part) - base, name, base, m.stripes(m.parts), Direct(part[base:], fails=2))  # type: ignore[arg-type]
     for _ in range(4):
         into = bytearray(500)
-        pack.read(77, [memoryview(into)])
+        pack.read([(77, [memoryview(into)])])
         assert bytes(into) == part[base + 77 : base + 577]
     assert any(memory.moved for memory in m.memory.values())
 
@@ -283,7 +286,7 @@ def had(job: Job) -> Key | None:
                     assert job.nodes[host.name].part(candidate.key) == content(candidate.key, host)
                 else:
                     into = bytearray(host.nbytes)
-                    stripes.read(host.name, 0, [memoryview(into)])
+                    stripes.read(host.name, [(0, [memoryview(into)])])
                     assert bytes(into) == content(candidate.key, host)
     assert all(why for _, why in choice.missed)
     return choice.steps[0].key if choice.steps else None

@@ -229,11 +229,16 @@ def test_a_segment_notices_what_changed_since_it_was_sent(here: Here) -> None:
     chunk = segment.share.chunks[1]
     for a, b in pieces(chunk.start, chunk.stop):
         segment.piece(a, b)
-    segment.check(0, segment.nbytes)
+    segment.check(0, segment.nbytes, set())
     here.slot.buffer[chunk.start] ^= 1
-    segment.check(0, chunk.start)
+    segment.check(0, chunk.start, set())
+    sound: set[int] = set()
     with pytest.raises(IntegrityError, match="is damaged"):
-        segment.check(chunk.start + 5, chunk.start + 6)
+        segment.check(chunk.start + 5, chunk.start + 6, sound)
+    assert not sound
+    here.slot.buffer[chunk.start] ^= 1
+    segment.check(chunk.start + 5, chunk.start + 6, sound)
+    assert sound == {chunk.start}
 
 
 def test_an_area_is_zeroed_only_when_nobody_folds_into_it() -> None:
@@ -287,7 +292,7 @@ def test_an_area_that_is_needed_stays_beside_a_larger_one() -> None:
     areas.seal(1, areas.sums(1, 3 << 20))
     areas.reserve(5 << 20, lambda number: number == 0)
     assert areas.nbytes == (6 + 4 + 6) << 20 and areas.sealed(1)
-    areas.read(1, 0, 3 << 20)
+    areas.read(1, 0, 3 << 20, set())
     areas.begin(1)
     areas.zero(1, 5 << 20, (2, 1), lambda: True)
     assert areas.nbytes == 12 << 20
