@@ -254,7 +254,7 @@ class Averages:
         from the newest that is left in the slots of all ranks."""
         if not self.rules:
             return
-        steps = member.recall(group, pin=False).steps
+        steps = member.recall(group).steps
         own = json.loads(group.round("held", json.dumps(self._own()).encode(), _left))
 
         def origin() -> tuple[Backend, str]:

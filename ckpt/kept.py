@@ -13,6 +13,7 @@ from ckpt.averages import read_average
 from ckpt.averaging import AverageView
 from ckpt.backends import Backend, backend_for
 from ckpt.background import SaveHandle
+from ckpt.catalog import generations_in_use, list_run
 from ckpt.collective import Group
 from ckpt.commit import step_folder
 from ckpt.config import settings
@@ -81,9 +82,13 @@ class Kept:
 
     def recall(self) -> Recalled:
         """What steps can be had from memory; collective. It stays as it is until the next life begins."""
-        recalled = self._keeping.member.recall(self._group, pin=True)
+        recalled = self._keeping.member.recall(self._group, self._newest_life)
         self._steps = {step.key: step for step in recalled.steps}
         return recalled
+
+    def _newest_life(self) -> int:
+        lives = generations_in_use(list_run(self._backend, commits=False))
+        return max(lives, default=-1)
 
     def open(self, step: Step) -> SnapshotBackend:
         """A step in memory, to load from. NotFoundError if it is gone."""
@@ -141,7 +146,7 @@ class Kept:
         self.wait(settings().deadline)
         out: dict[str, dict[str, Any]] = {}
         payload: bytes | Exception = b""
-        step = next(iter(self._keeping.member.recall(self._group, pin=False).steps), None)
+        step = next(iter(self._keeping.member.recall(self._group).steps), None)
         opened: tuple[Backend, str] | None = None
         try:
             for name in names:

@@ -112,24 +112,30 @@ class Member:
         self._reach = {host: (str(a), int(p)) for host, (a, p) in {**known, **hosts}.items()}
         self._tell_peers()
 
-    def recall(self, group: Group, *, pin: bool) -> Recalled:
-        """Collective: what steps can be had from the memory of all hosts that can be reached. With `pin` nothing of them is
-        overwritten until the next life begins."""
-        kind = "pin" if pin else "inventory"
+    def recall(self, group: Group, newest: Callable[[], int] | None = None) -> Recalled:
+        """Collective: what steps can be had from the memory of the hosts of this life; with `newest`, the last life that
+        began, of all hosts that can be reached, and nothing of them is overwritten until the next life begins."""
+        kind = "inventory" if newest is None else "pin"
         first = min(int(rank) for rank, host in self.ranks.items() if host == self._host)
 
         def mine() -> Frame | None:
             return self.link.ask(kind, timeout=self.deadline) if first == self._rank else None
 
-        def ask(host: str, patience: float) -> Frame:
-            return self._ask_host(host, patience, kind)
+        def ask(host: str, patience: float, wanted: Callable[[], bool]) -> Frame:
+            return self._ask_host(host, patience, kind, wanted)
 
-        return recall(group, mine, self._reach.keys() - set(self.ranks.values()), ask)
+        others = set[str]() if newest is None else self._reach.keys() - set(self.ranks.values())
+        return recall(group, mine, others, ask, newest or (lambda: -1))
 
-    def _ask_host(self, host: str, patience: float, kind: str, **head: Any) -> Frame:
-        """Asks the keeper of another host. Raises PeerError if it is not there, or what it refuses with."""
+    def _ask_host(
+        self, host: str, patience: float, kind: str, wanted: Callable[[], bool] = lambda: True, **head: Any
+    ) -> Frame:
+        """Asks the keeper of another host, if that is still `wanted` once it is reached. Raises PeerError if it is not there,
+        or what it refuses with."""
         line = Line(self._reach[host], bytes.fromhex(self._peers["secret"]), patience)
         try:
+            if not wanted():
+                raise PeerError(f"the keeper of {host} was reached too late")
             return line.ask(kind, **head)
         finally:
             line.close()

@@ -556,7 +556,7 @@ class Kept:
 
     def content(self, step: int) -> float:
         """The first element of the one parameter, as the keeper holds it."""
-        steps = self.keeping.member.recall(current_group(), pin=False).steps
+        steps = self.keeping.member.recall(current_group()).steps
         backend = self.keeping.member.open(next(s for s in steps if s.key == (self.cp._account.generation, step)))
         [path] = [e.name for e in backend.list("") if e.name.endswith("rank-00000.safetensors")]
         data = bytearray(backend.size(path))

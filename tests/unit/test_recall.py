@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import pytest
 
 from ckpt.collective import Solo
 from ckpt.config import ErasureCode
-from ckpt.errors import PeerError
+from ckpt.errors import DeadlineError, PeerError
 from ckpt.keeper.groups import Host, place
 from ckpt.keeper.guard import Area, Inventory
+from ckpt.keeper.lead import Key
 from ckpt.keeper.member import _introduce
 from ckpt.keeper.protocol import Frame, frame
-from ckpt.keeper.recall import Recalled, recall
+from ckpt.keeper.recall import Recalled, _Asking, recall
 from ckpt.keeper.wire import Holding, Layout, encode_holding
 
-KEY = (2, 9)
+KEY, NEWER = (2, 9), (2, 10)
 NAMES = [f"h{n}#0{n}" for n in range(4)]
-PLACEMENT = place([Host(n, n, 100) for n in NAMES], ErasureCode(2, 2))
-LAYOUT = Layout(PLACEMENT, tuple((n, 0, 100) for n in NAMES))
+PLACEMENTS = {n: place([Host(name, name, 100) for name in NAMES], ErasureCode(n, 4 - n)) for n in (1, 2, 3)}
 
 
-def answer(n: int) -> Frame:
-    """Of a keeper that has its part, and parity, of a protected step."""
-    inventory = Inventory(NAMES[n], {KEY: PLACEMENT}, (Area(KEY, PLACEMENT), None))
-    return frame("answer", holding=encode_holding(Holding(f"h{n}", inventory, {KEY: 0}, {KEY: LAYOUT})), held=[])
+def answer(n: int, key: Key = KEY, *, whole: Sequence[Key] = (), needed: int = 2) -> Frame:
+    """Of a keeper that has its part, and parity, of a protected step, and its part of `whole`; of which all hosts but
+    `needed` may be lost."""
+    placement = PLACEMENTS[needed]
+    layout = Layout(placement, tuple((n, 0, 100) for n in NAMES))
+    inventory = Inventory(NAMES[n], dict.fromkeys([key, *whole], placement), (Area(key, placement), None))
+    layouts = dict.fromkeys([key, *whole], layout)
+    return frame(
+        "answer", holding=encode_holding(Holding(f"h{n}", inventory, dict.fromkeys(layouts, 0), layouts)), held=[]
+    )
 
 
 def nothing(name: str, held: list[Any] | None = None) -> Frame:
@@ -34,40 +43,127 @@ def nothing(name: str, held: list[Any] | None = None) -> Frame:
     return frame("answer", holding=encode_holding(holding), held=held or [])
 
 
-def recalled(mine: Frame | None, others: dict[str, Callable[[float], Frame]]) -> tuple[Recalled, list[float]]:
-    """What is chosen, and how long hosts were waited for, each time they were asked."""
-    waited: list[float] = []
+class Other:
+    """One without trainers. `answers` nothing: it is gone, and refuses; `when`: it is silent until then."""
 
-    def ask(host: str, patience: float) -> Frame:
-        waited.append(patience)
-        return others[host](patience)
+    def __init__(self, answers: Frame | None = None, when: threading.Event | None = None) -> None:
+        self.answers, self.when, self.asked = answers, when, 0
 
-    return recall(Solo(), lambda: mine, others, ask), waited
-
-
-def gone(patience: float) -> Frame:
-    raise PeerError("no keeper there")
-
-
-def slow(n: int) -> Callable[[float], Frame]:
-    return lambda patience: answer(n) if patience > 1 else gone(patience)
+    def ask(self, patience: float, wanted: Callable[[], bool]) -> Frame:
+        self.asked += 1
+        if self.when is not None and not self.when.wait(patience):
+            raise DeadlineError("it says nothing")
+        if self.answers is None or not wanted():
+            raise PeerError("no keeper there")
+        return self.answers
 
 
-def test_hosts_without_trainers_are_asked_and_dead_ones_not_waited_for() -> None:
-    found, waited = recalled(answer(0), {"h1": lambda _: answer(1), "h2": gone, "h3": gone})
-    [step] = found.steps
+def recalled(mine: Frame | None, newest: int = KEY[0], **others: Other) -> Recalled:
+    return recall(Solo(), lambda: mine, others, lambda host, *told: others[host].ask(*told), lambda: newest)
+
+
+@pytest.fixture
+def never() -> Iterator[threading.Event]:
+    """What a dead host waits for: its packets are lost."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So long that whoever waits for dead hosts fails by the test's own deadline."""
+    monkeypatch.setattr("ckpt.keeper.recall._SOON", 1e4)
+    monkeypatch.setattr("ckpt.keeper.recall._LATE", 1e4)
+
+
+@pytest.mark.usefixtures("patience")
+def test_dead_hosts_are_not_waited_for_where_no_newer_step_can_have_been_announced(never: threading.Event) -> None:
+    [step] = recalled(answer(0, needed=1), h1=Other(when=never), h2=Other(when=never), h3=Other(when=never)).steps
+    assert (step.key, step.parts, step.parity, step.lost) == (KEY, {NAMES[0]}, {NAMES[0]}, set(NAMES[1:]))
+
+
+def test_hosts_without_trainers_are_asked() -> None:
+    [step] = recalled(answer(0), h1=Other(answer(1)), h2=Other(), h3=Other()).steps
     assert (step.key, step.parts, step.parity) == (KEY, {NAMES[0], NAMES[1]}, {NAMES[0], NAMES[1]})
     assert step.lost == {NAMES[2], NAMES[3]} and step.hosts == {NAMES[0]: "h0", NAMES[1]: "h1"}
-    assert len(waited) == 3 and max(waited) < 1
 
 
-def test_who_is_slow_is_waited_for_where_all_depends_on_it() -> None:
-    found, waited = recalled(answer(0), {"h1": slow(1), "h2": gone, "h3": gone})
-    assert [s.key for s in found.steps] == [KEY] and len(waited) == 6 and max(waited) > 1
+@pytest.mark.usefixtures("patience")
+def test_a_newer_step_that_one_of_them_has_not_encoded_was_not_announced(never: threading.Event) -> None:
+    silent = {name: Other(when=never) for name in ("h1", "h2", "h3")}
+    found = recalled(answer(0, needed=1, whole=[NEWER]), **silent)
+    assert [s.key for s in found.steps] == [KEY] and [key for key, _ in found.missed] == [NEWER]
+
+
+def _late(mine: Frame, newest: int, others: dict[str, Frame]) -> Recalled:
+    """What is chosen where hosts answer only once the rank has begun to wait for them longer."""
+    when, waited = threading.Event(), list[float]()
+    wait = _Asking.wait
+
+    def waits(asking: _Asking, patience: float) -> tuple[list[Frame], bool]:
+        waited.append(patience)
+        if len(waited) > 1:
+            when.set()
+        return wait(asking, patience)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Asking, "wait", waits)
+        found = recalled(mine, newest, **{host: Other(told, when) for host, told in others.items()})
+    assert len(waited) > 1, "nobody waited"
+    return found
+
+
+def test_a_step_that_may_have_been_announced_is_waited_for() -> None:
+    """Both that answer have it encoded, and so may those that do not; it cannot be had without one of them."""
+    found = _late(
+        answer(0, NEWER, needed=3), KEY[0], {"h1": answer(1, NEWER, needed=3), "h2": answer(2, NEWER, needed=3)}
+    )
+    assert [s.key for s in found.steps] == [NEWER]
+
+
+def test_it_is_waited_for_also_where_an_older_step_can_be_had() -> None:
+    def both(n: int) -> Frame:
+        areas = Area(KEY, PLACEMENTS[1]), Area(NEWER, PLACEMENTS[3])
+        whole = {a.key: a.placement for a in areas}
+        layouts = {key: Layout(placed, tuple((name, 0, 100) for name in NAMES)) for key, placed in whole.items()}
+        holding = Holding(f"h{n}", Inventory(NAMES[n], whole, areas), {KEY: 0, NEWER: 1}, layouts)
+        return frame("answer", holding=encode_holding(holding), held=[])
+
+    assert [s.key for s in recalled(both(0), h1=Other(), h2=Other()).steps] == [KEY]
+    found = _late(both(0), KEY[0], {"h1": both(1), "h2": both(2)})
+    assert found.steps[0].key == NEWER
+
+
+def test_who_may_have_been_in_a_newer_life_is_waited_for() -> None:
+    """A host that was cut off goes on from its own life, which it knows no newer one than; the others went on without it."""
+    mine = frame("answer", holding=nothing("h0").head["holding"], held=[[1, 5, ["h0"]]])
+    found = _late(mine, KEY[0], {"h1": answer(1), "h2": answer(2)})
+    assert found.steps[0].key == KEY
+
+
+def test_where_there_is_nothing_without_them_hosts_are_waited_for() -> None:
+    found = _late(answer(0), KEY[0], {"h1": answer(1)})
+    assert [s.key for s in found.steps] == [KEY]
+
+
+def test_who_refuses_is_asked_again() -> None:
+    hosts = {"h1": Other(), "h2": Other(), "h3": Other()}
+    assert not recalled(answer(0), **hosts).steps and [h.asked for h in hosts.values()] == [3, 3, 3]
+
+
+def test_who_is_reached_too_late_is_asked_for_nothing(never: threading.Event) -> None:
+    """Pinned in a life that has begun it would stay as it is for ever."""
+    host = Other(answer(2), never)
+    asking = _Asking(["h2"], lambda _, *told: host.ask(*told))
+    asking.wait(0.0)
+    asking.over = True
+    never.set()
+    assert asking.wait(60.0) == ([], True)
 
 
 def test_what_cannot_be_had_is_told_with_the_hosts() -> None:
-    found, _ = recalled(answer(0), {"h1": gone, "h2": gone, "h3": gone})
+    found = recalled(answer(0), h1=Other(), h2=Other(), h3=Other())
     assert not found.steps
     [(key, why)] = found.missed
     assert key == KEY and "3 of a group of 4 hosts" in why and all(n in why for n in NAMES[1:])
@@ -79,20 +175,20 @@ def test_an_answer_that_makes_no_sense_is_none() -> None:
         frame("answer", holding=answer(2).head["holding"], held=[[1]]),
     ]
     for bad in odd:
-        found, _ = recalled(answer(0), {"h1": lambda _: answer(1), "h2": lambda _, bad=bad: bad, "h3": gone})  # type: ignore[misc]
+        found = recalled(answer(0), h1=Other(answer(1)), h2=Other(bad), h3=Other())
         assert [s.parts for s in found.steps] == [{NAMES[0], NAMES[1]}]
 
 
 def test_a_step_that_nobody_protects_needs_all_of_its_hosts() -> None:
     held = [[1, 5, ["a", "b", "b"]]]
-    found, _ = recalled(nothing("a", held), {"b": lambda _: nothing("b", held)})
+    found = recalled(nothing("a", held), b=Other(nothing("b", held)))
     [step] = found.steps
     assert (step.key, step.lost) == ((1, 5), frozenset()) and [r[0] for r in step.layout.ranks] == [
         "a#aa",
         "b#aa",
         "b#aa",
     ]
-    found, _ = recalled(nothing("a", held), {"b": gone})
+    found = recalled(nothing("a", held), b=Other())
     assert not found.steps and "gone: b" in found.missed[0][1]
 
 
