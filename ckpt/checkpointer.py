@@ -23,7 +23,6 @@ from ckpt.config import ErasureCode, Every, Replicas, check_choices, settings
 from ckpt.errors import CkptError, DeadlineError, NotFoundError, PeerError, UsageError
 from ckpt.events import Event, Events
 from ckpt.format.codec import CodecRule, parse_codecs
-from ckpt.keeping import Schedule
 from ckpt.kept import Kept
 from ckpt.loading import LoadOptions, LoadReport, load_ref
 from ckpt.merge.average import Rule
@@ -31,6 +30,7 @@ from ckpt.merge.recipe import Recipe
 from ckpt.restoring import restore_newest
 from ckpt.retention import Policy
 from ckpt.saving import Planner, Request, SaveReport, save_state
+from ckpt.schedule import Schedule
 from ckpt.snapshot.fence import fence_here
 from ckpt.threaded import Threaded
 from ckpt.tiers import Local, Tiers

@@ -38,7 +38,8 @@ class Event:
     time        Unix time at which it began
     outcome     of a snapshot: "sealed", "voided", "failed"; of a save: "committed", "failed"; of a restore: its source,
                 "memory" or "storage"
-    why         the reason of a skip, a void or a failure
+    why         the reason of a skip, a void or a failure; of the first step that is protected after a restart from memory,
+                how long that took
     steps       training steps since this rank's last row, this one included, and `loop`, the seconds they took
     stall       seconds that the training thread spent in `step`; `eager` of them copying
     lazy        seconds that copying took beside training; `fence`: that the optimizer waited for it since the last row

@@ -11,69 +11,35 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ckpt import faults
 from ckpt.averaging import Averages, Origin
 from ckpt.background import pace
 from ckpt.collective import Group
-from ckpt.config import ErasureCode, Every, Replicas, Settings, settings
-from ckpt.errors import CkptError, DeadlineError, UsageError
-from ckpt.format.codec import CodecRule
+from ckpt.config import Settings, settings
+from ckpt.errors import CkptError, DeadlineError, PeerError, UsageError
 from ckpt.keeper.member import Member
 from ckpt.keeper.protocol import Frame
-from ckpt.merge.average import Rule
-from ckpt.outcomes import Outcome, Storing
+from ckpt.outcomes import Outcome, Storing, Taken
 from ckpt.prepared import Prepared, Preparing, copy_of
 from ckpt.protecting import Slots, agree_on_slots, ask_protection
 from ckpt.roll import Called
 from ckpt.saving import content_digest
-from ckpt.snapshot.arena import Slot
+from ckpt.schedule import Schedule
+from ckpt.slots import drop, missing, refuse, reserve
 from ckpt.snapshot.copier import Snapshot
-from ckpt.snapshot.device import begin_copies, pin
+from ckpt.snapshot.device import begin_copies
 from ckpt.snapshot.fence import fence_here
 from ckpt.state import Leaves
 from ckpt.write import encode_report
 
-__all__ = ["Keeping", "Schedule", "Taken"]
+__all__ = ["Keeping"]
 
 log = logging.getLogger("ckpt")
 Key = tuple[int, int]
 _MEETING = 20.0  # seconds in which the keepers of a job should have reached one another
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When steps go to memory, when to storage, and how they are coded there; what protects memory, and what is averaged
-    in it; when steps go to the local tier, where that has a schedule of its own, and what a keeper is told of that tier."""
-
-    memory: Every
-    storage: Every | None
-    codec: CodecRule | None
-    redundancy: ErasureCode | Replicas | None = None
-    averages: Mapping[str, Rule] = field(default_factory=dict)
-    local: Every | None = None
-    tier: Mapping[str, Any] | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether a step that is not granted counts as skipped."""
-        return any(
-            e is not None and e.steps is not None and (step + 1) % e.steps == 0
-            for e in (self.memory, self.storage, self.local)
-        )
-
-
-@dataclass
-class Taken:
-    """A snapshot that has begun. `copied` is set when the state may change again. Seconds: `eager` of copying in `step`,
-    `lazy` beside training, once that is over."""
-
-    copied: threading.Event
-    eager: float
-    bytes: int
-    lazy: float = 0.0
 
 
 class Keeping:
@@ -98,6 +64,8 @@ class Keeping:
         self._slots = Slots((), ())
         self._began = False
         self._config = settings()  # of this life
+        self._reserving = Future[None]()
+        self._reserving.set_result(None)
         self._copying = ThreadPoolExecutor(1, "ckpt-copy")
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
         self._storing = Storing()
@@ -187,9 +155,11 @@ class Keeping:
 
     # A life.
 
-    def begin(self, state: Any, generation: int, start: int, origin: Origin) -> None:
-        """Collective: a life begins. Agrees on the plan, reserves the slots. `origin`: of averages that go on. Raises on
-        every rank what any of them has against it: LayoutError and the like, CapacityError."""
+    def begin(self, state: Any, generation: int, start: int, origin: Origin, *, beside: bool = False) -> None:
+        """Collective: a life begins. Agrees on the plan, reserves the slots; those that are not there yet `beside` training,
+        whose first snapshots wait for them, where it is to go on at once. `origin`: of averages that go on. Raises on every
+        rank what any of them has against it: LayoutError and the like, CapacityError."""
+        self._reserving.result()
         self._generation, self._at, self._began, self._config = generation, start - 1, False, settings()
         self._grants.clear()
         called: Called | None = None
@@ -207,29 +177,58 @@ class Keeping:
         self._plans.agree(leaves, f"plan of memory {generation}", self._group)
         assert called is not None
         self._slots = self._agree_on_slots(self._group)
+        wanting = missing(self.member.slots, self._slots.numbers)  # the same on all ranks
+        beside = beside and bool(wanting)
         failure: bytes | Exception = b""
         new: list[int] = []
         try:
-            new = self._reserve(self._slots.numbers)
+            if beside:
+                refuse(len(wanting), self._plans.slot_size)
+            else:
+                new = self._reserve()
             self._prepared = self._plans.prepare(state, called)
             self._begin_here(self._slots, new, start)
             failure = self.averages.read(self._prepared.work, self._prepared.sources, origin)
         except Exception as e:
-            self._drop(new)
+            drop(self.member.slots, new)
             failure = e
         unread = self._group.round("begun", failure, lambda all_: max(all_))
         self._epoch = self._wanted_epoch = 0
         try:
-            if self._slots.redundancy is not None:
-                ask_protection(self.member, self._generation)
+            if not beside:
+                self._ask_protection()
             self.averages.hand_over(self.member, unread)
-            self._join()
+            if beside:
+                self._reserving = self._planning.submit(self._reserve_beside)
+            else:
+                self._join()
         except Exception as e:
             failure = e
-        self._sync()
+        if not beside:
+            self._sync()
         self._group.round("joined", failure, lambda _: b"")
         self._began = True
-        self._sync()  # all ranks have joined: the first grant has come
+        if not beside:
+            self._sync()  # all ranks have joined: the first grant has come
+
+    def _reserve(self) -> list[int]:
+        return reserve(self.member.slots, self._slots.numbers, self._plans.slot_size, self._group.rank)
+
+    def _ask_protection(self) -> None:
+        if self._slots.redundancy is not None:
+            ask_protection(self.member, self._generation)
+
+    def _reserve_beside(self) -> None:
+        """Makes the slots of the life that has begun, and joins it: until all ranks have, nothing is granted."""
+        try:
+            faults.point("recovery reserves")
+            self._begin_here(self._slots, self._reserve(), self._at + 1)
+            self._ask_protection()
+            self._join()
+        except PeerError as e:
+            log.info("ckpt: %s", e)  # the next keeper is handed these slots when it is found
+        except Exception as e:
+            log.error("ckpt: there will be no snapshots in memory until the next restart: %s", e)
 
     def _sync(self) -> None:
         """Waits, but not for long, until the seat has heard this rank, and this rank what the seat has to say."""
@@ -242,40 +241,14 @@ class Keeping:
                 self._lost_meanwhile(e)
 
     def _agree_on_slots(self, group: Group) -> Slots:
-        schedule = self._schedule
-        return agree_on_slots(
-            group, self.member, self._plans.slot_size, schedule.storage is not None, schedule.redundancy
-        )  # fmt: skip
-
-    def _reserve(self, numbers: Sequence[int]) -> list[int]:
-        """Makes the slots that are not there; gives back those that nobody uses. Returns the new ones."""
-        for number in [n for n in self.member.slots if n not in numbers]:
-            self.member.slots.pop(number).close()
-        new = [n for n in numbers if n not in self.member.slots]
-        try:
-            for number in new:
-                slot = self.member.slots[number] = Slot(self._plans.slot_size, f"ckpt-{self._group.rank}-{number}")
-                pin(slot.buffer)
-        except BaseException:
-            self._drop(new)
-            raise
-        return new
-
-    def _drop(self, numbers: Sequence[int]) -> None:
-        """Gives back slots that the keeper was not told of: it must know every slot that counts as there."""
-        for number in numbers:
-            slot = self.member.slots.pop(number, None)
-            if slot is not None:
-                slot.close()
+        s = self._schedule
+        return agree_on_slots(group, self.member, self._plans.slot_size, s.storage is not None, s.redundancy)
 
     def _begin_here(self, slots: Slots, new: Sequence[int], start: int) -> None:
-        s = self._schedule
-        memory, storage, near = (None if e is None else [e.steps, e.minutes] for e in (s.memory, s.storage, s.local))
-        codecs = {pattern: _codec_config(c) for pattern, c in (s.codec or {}).items()}
         self.member.link.ask(
             "begin", fds=[self.member.slots[n].fd for n in new], timeout=self.member.deadline, generation=self._generation,
-            world=self._group.world, run=self._run, memory=memory, storage=storage, codecs=codecs, new=list(new),
-            start=start, ranks=self.member.ranks, local=s.tier, near=near, **slots.told(),
+            world=self._group.world, run=self._run, new=list(new), start=start, ranks=self.member.ranks,
+            **self._schedule.told(), **slots.told(),
         )  # fmt: skip
 
     def _join(self) -> None:
@@ -307,7 +280,9 @@ class Keeping:
         if slot is None:
             if not self._schedule.due(step):
                 return ""
-            return str(self.member.link.lost) if self.member.link.lost is not None else "no slot was free"
+            if self.member.link.lost is not None:
+                return str(self.member.link.lost)
+            return "no slot was free" if self._reserving.done() else "its memory is being reserved"
         faults.point("trainer granted")
         try:
             return self._take(state, step, slot, metrics)
@@ -382,7 +357,7 @@ class Keeping:
                 self._plans.agree(leaves, f"plan of memory {self._generation}.{epoch}", self._group.beside())
                 assert called is not None
                 self._slots = self._agree_on_slots(self._group.beside())
-                new = self._reserve(self._slots.numbers)
+                new = self._reserve()
                 self._prepared = self._plans.prepare(state, called)
                 self._begin_here(self._slots, new, self._at + 1)
                 self.averages.read_held(self._prepared.work, self._prepared.sources, self.member, self._group.beside())
@@ -431,7 +406,3 @@ class Keeping:
         for slot in self.member.slots.values():
             slot.close()
         self.member.slots.clear()
-
-
-def _codec_config(codec: Any) -> Any:
-    return codec.get_config() if hasattr(codec, "get_config") else codec

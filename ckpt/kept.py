@@ -22,11 +22,12 @@ from ckpt.format.codec import parse_codecs
 from ckpt.keeper.averaged import encode_progress
 from ckpt.keeper.recall import Recalled, Step
 from ckpt.keeper.source import SnapshotBackend
-from ckpt.keeping import Keeping, Schedule, Taken
+from ckpt.keeping import Keeping
 from ckpt.loading import LoadReport
 from ckpt.merge.average import AVERAGES
-from ckpt.outcomes import Outcome
+from ckpt.outcomes import Outcome, Taken
 from ckpt.saving import Planner, Request, SaveReport, save_state
+from ckpt.schedule import Schedule
 from ckpt.tiers import Tiers
 from ckpt.upkeep import Account
 
@@ -61,6 +62,7 @@ class Kept:
         self._lock = threading.Lock()
         self._began = False
         self._loaded: LoadReport | None = None  # what this life goes on from
+        self._restarted: float | None = None  # from memory, and nothing was protected since
         self._steps: dict[Key, Step] = {}  # that were recalled before it
         self.moved = 0  # bytes that came from other hosts when a step in memory was last loaded
         keeping: Keeping | None = None
@@ -107,15 +109,18 @@ class Kept:
         and then again at the next step."""
         self._handles.clear()
         self._began, self._loaded = False, loaded
+        recovered = loaded is not None and loaded.ref.startswith(IN_MEMORY)  # what is held goes on being held meanwhile
+        self._restarted = time.monotonic() if recovered else None
         for left in (1, 0):
             try:
-                self._keeping.begin(state, self._account.generation, start, lambda: self._origin(loaded))
+                generation = self._account.generation
+                self._keeping.begin(state, generation, start, lambda: self._origin(loaded), beside=recovered)
                 self._began = True
                 return
             except (PeerError, DeadlineError) as e:
                 log.error("ckpt: no snapshots yet, %s: %s", "trying once more" if left else "training goes on", e)
             finally:
-                if loaded is not None and loaded.ref.startswith(IN_MEMORY):
+                if recovered:
                     self.done()
 
     def _origin(self, loaded: LoadReport | None) -> tuple[Backend, str] | None:
@@ -216,7 +221,8 @@ class Kept:
             for handle in self._take_handles(step):
                 handle.end(PeerError(outcome.why))
         elif outcome.kind == "announced":
-            a.announced(step, outcome.lag)
+            since, self._restarted = self._restarted, None
+            a.announced(step, outcome.lag, None if since is None else time.monotonic() - since)
         elif outcome.kind == "void":
             a.report.voided += 1
             for handle in self._take_handles(step, only=True):

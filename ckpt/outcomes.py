@@ -9,9 +9,20 @@ from typing import Any
 
 from ckpt.errors import CkptError, DeadlineError
 
-__all__ = ["Outcome", "Storing"]
+__all__ = ["Outcome", "Storing", "Taken"]
 
 _ENDS = 8  # saves whose end is remembered
+
+
+@dataclass
+class Taken:
+    """A snapshot that has begun. `copied` is set when the state may change again. Seconds: `eager` of copying in `step`,
+    `lazy` beside training, once that is over."""
+
+    copied: threading.Event
+    eager: float
+    bytes: int
+    lazy: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,15 @@ class Account:
         self.report.skipped += 1
         self.event("skip", step, why=why)
 
-    def announced(self, step: int, lag: float) -> None:
-        """A step in memory outlives the hosts that it is to outlive."""
+    def announced(self, step: int, lag: float, again: float | None = None) -> None:
+        """A step in memory outlives the hosts that it is to outlive, `again` so many seconds after a restart from memory."""
         self.report.announced += 1
-        self.event("protect", step, outcome="announced", lag=lag)
+        why = ""
+        if again is not None:
+            why = f"protected again {again:.1f} s after the restart"
+            if self.rank == 0:
+                log.warning("ckpt: step %d: %s", step, why)
+        self.event("protect", step, outcome="announced", lag=lag, why=why)
 
     def committed(self, done: SaveReport) -> None:
         """A save has reached storage."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -120,14 +121,17 @@ def rescue(wreck: Wreck, key: Key | None = None) -> Commit | None:
     Raises NotFoundError if none can be had, and what reading and writing raise.
     """
 
-    def ask(host: str, patience: float) -> Frame:
+    def ask(host: str, patience: float, wanted: Callable[[], bool] = lambda: True) -> Frame:
         line = Line(wreck.reach[host], wreck.secret, patience)
         try:
             return line.ask("inventory")
         finally:
             line.close()
 
-    found = recall(Solo(), lambda: ask(wreck.host, _MINE), wreck.reach.keys() - {wreck.host}, ask)
+    others = wreck.reach.keys() - {wreck.host}
+    found = recall(
+        Solo(), lambda: ask(wreck.host, _MINE), others, ask, lambda: sys.maxsize
+    )  # who is silent is waited for
     steps = [s for s in found.steps if s.key in wreck.held and key in (None, s.key)]
     if not steps:
         why = "; ".join(f"step {k[1]}: {said}" for k, said in found.missed[:3])

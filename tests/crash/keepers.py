@@ -159,6 +159,7 @@ class Job:
         self.at, self.told, self.pending = -1, 0, []  # type: ignore[var-annotated]
         self.cp: ckpt.Checkpointer | None = None
         self.said: list[str] = []
+        self._held = threading.Event()
         self.events: list[Any] = []
 
     def grow(self, size: int) -> None:
@@ -336,6 +337,12 @@ class Job:
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
 
         faults.install(hook)
+
+    def hold(self, point: str) -> None:
+        """Whoever passes there waits, until this is called with another point."""
+        self._held.set()
+        self._held = held = threading.Event()
+        faults.install(lambda name: held.wait(WAIT) if name == point else None)
 
     def fault_of(self, pid: int, point: str) -> None:
         """Kills another process when this one passes there."""

@@ -25,9 +25,13 @@ def _two_of_six(folder: str) -> None:
         announced = job.protected(3)
         job.lose(0, 3)
         job.life([4, 1, 5, 2])
+        together(job.ranks, "hold", "recovery reserves")
         start, source = job.restore()
         assert source == "memory" and announced <= start - 1 <= seen(run, "at")
+        assert not any(together(job.ranks, "lockstep", 2)), "no slot is there yet; training does not wait for any"
+        together(job.ranks, "hold", "")
         announced = job.protected(2)
+        assert sum("protected again" in said and "after the restart" in said for said in job.said()) == 1
         job.lose(4, 2)
         job.life([1, 5])
         start, source = job.restore()
@@ -113,7 +117,7 @@ def _while_recovering(folder: str, point: str) -> None:
         job.finish()
 
 
-@pytest.mark.parametrize("point", ["recovery chosen", "recovery opened", ""])
+@pytest.mark.parametrize("point", ["recovery chosen", "recovery opened", "recovery reserves", ""])
 def test_another_host_is_lost_during_recovery(fresh: Fresh, tmp_path: Path, point: str) -> None:
     fresh(_while_recovering, str(tmp_path), point)
 

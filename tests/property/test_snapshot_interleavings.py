@@ -28,8 +28,10 @@ from ckpt.errors import DeadlineError, IntegrityError, PeerError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.keeper import link
 from ckpt.keeper.protocol import Connection, Frame, frame, receive, send
-from ckpt.keeping import Keeping, Schedule, Taken
+from ckpt.keeping import Keeping
+from ckpt.outcomes import Taken
 from ckpt.prepared import Prepared, Preparing
+from ckpt.schedule import Schedule
 from ckpt.snapshot.copier import Snapshot
 from ckpt.snapshot.device import Device, Host, Timed, pretend
 from ckpt.snapshot.fence import Fence, fence_here
