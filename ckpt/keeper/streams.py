@@ -91,7 +91,7 @@ class Sender(Protocol):
         """A chunk did not arrive."""
 
 
-class Receiver(Protocol):
+class Folder(Protocol):
     """Who folds them."""
 
     def admit(self, piece: Piece) -> bool:
@@ -240,7 +240,7 @@ def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview | Bytes])
             left[0] = left[0][sent:]
 
 
-def receive_pieces(sock: socket.socket, receiver: Receiver) -> None:
+def receive_pieces(sock: socket.socket, receiver: Folder) -> None:
     """Has a receiver fold what comes over an authenticated connection, until that ends; in a thread of its own.
 
     What does not check is in parity already: the receiver hears of it (`cut_off`), and begins anew from zero.
