@@ -23,7 +23,9 @@ from ckpt.errors import IntegrityError
 from ckpt.format.codec import BLOCK
 from ckpt.format.fragment import Box
 from ckpt.offline.reshard import reshard
+from ckpt.options import LoadOptions
 from ckpt.read import Target, plan_reads, read_targets
+from ckpt.targets import Matching
 from tests.unit.test_read_once import cached, drop
 
 SHAPES = {"x": (700, 1000), "y": (6, 50, 70), "z": (300_000,), "coded": (500, 300), "n": ()}
@@ -170,3 +172,23 @@ def test_cold_files_are_loaded_past_the_cache_where_no_two_ranks_need_the_same(
         if apart and cached(pack):
             pytest.skip("no direct reads here, or this kernel does not tell what is cached")
         assert (cached(pack) > 0) == (not apart)
+
+
+def test_who_needs_copies_of_the_same_reads_them_through_the_cache(runs: dict[int, Path]) -> None:
+    def letter(state: dict[str, Any]) -> bytes:
+        mine = Matching(c.manifest, LoadOptions(), Solo())
+        mine.visit(state)
+        return mine.letter()
+
+    with ckpt.open(runs[1]) as c:
+        plan, whole = Matching(c.manifest, LoadOptions(), Solo()), values()
+        upper, lower = (
+            {"x": ckpt.Shard(whole["x"][rows], (700, 1000), (rows.start, 0))}
+            for rows in (slice(0, 350), slice(350, 700))
+        )
+        most = letter(whole | upper)
+        assert loading._compare([letter(whole)], plan, LoadOptions()) == b"apart"
+        assert loading._compare([letter(upper), letter(lower)], plan, LoadOptions()) == b"apart"
+        assert loading._compare([letter(whole), letter(whole)], plan, LoadOptions()) == b""
+        assert loading._compare([letter(whole), letter(upper)], plan, LoadOptions()) == b""
+        assert loading._compare([most, letter(lower)], plan, LoadOptions()) == b"apart"
