@@ -112,7 +112,7 @@ class Settings:
     buffer_mib    CKPT_BUFFER_MIB    MiB of one staging buffer (16)
     buffers       CKPT_BUFFERS       staging buffers a rank reserves at its first save (4)
     writers       CKPT_WRITERS       threads that write a pack (3)
-    readers       CKPT_READERS       threads that read; 0: the cores of this host over its ranks, at most 4 (0)
+    readers       CKPT_READERS       threads that read; 0: the cores of this host over its ranks, at most 4, or 3 past the cache (0)
     direct        CKPT_DIRECT        1: write with direct I/O where the filesystem allows it (1)
     copy_gbps     CKPT_COPY_GBPS     GB/s at which a snapshot is copied beside training; 0: as fast as it goes (0)
     check_copies  CKPT_CHECK_COPIES  1: hash samples before and after such a copy, and name what changed (0)
