@@ -45,6 +45,9 @@ class StoredFragment(NamedTuple):
     codec: Codec | None
 
 
+_PLAIN = 1 << 20  # bytes that are taken for a block table before it is known that the pack is that long
+
+
 class Pack:
     """One pack being read: its header and block table are checked before any of its data is used.
 
@@ -59,8 +62,8 @@ class Pack:
         self.path = f"{folder}/{manifest.pack_path(index)}"
         packs = manifest.packs
         size, table_offset = int(packs.size[index]), int(packs.table_offset[index])
-        table = np.empty(size - table_offset, np.uint8)
-        if lean and isinstance(backend, ReadsAhead):
+        if lean and isinstance(backend, ReadsAhead) and size - table_offset <= _PLAIN:
+            table = np.empty(size - table_offset, np.uint8)
             backend.read_just(self.path, table_offset, memoryview(table))
         else:
             actual = backend.size(self.path)
@@ -73,6 +76,7 @@ class Pack:
             ):
                 raise self._damaged(f"its header (bytes 0 to {len(header)}) was changed after it was written")
             stats.read += len(header)
+            table = np.empty(size - table_offset, np.uint8)
             backend.read(self.path, table_offset, [memoryview(table)])
         if crc32c(table) != int(packs.table_crc[index]) and not self._mended(
             table_offset, memoryview(table), int(packs.table_crc[index])

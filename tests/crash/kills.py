@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 import ckpt
-from ckpt import catalog, faults, upkeep
+from ckpt import catalog, faults
 from ckpt.backends import LocalBackend
 from ckpt.checkpoint import Checkpoint
+from ckpt.offline import prune as pruning
 from ckpt.offline.prune import carry_out, plan_prune
 
 KILLED = -signal.SIGKILL
@@ -312,7 +313,7 @@ def _commit_deleted_last() -> None:
         catalog.delete_tree(backend, f"{folder}/a0")
         catalog.delete_tree(backend, folder)
 
-    upkeep.delete_step = packs_first  # type: ignore[attr-defined]
+    pruning.delete_step = packs_first  # type: ignore[attr-defined]
 
 
 def _written_in_place() -> None:
