@@ -114,7 +114,9 @@ def load_table(title: str, rounds: Rounds, asked: float) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__ or "")
-    parser.add_argument("--mode", type=lambda s: s.split(","), default=["warm", "cold"], help="warm, cold or both")
+    parser.add_argument(
+        "--mode", type=lambda s: s.split(","), default=["warm", "cold"], help="warm, cold, or warm,cold"
+    )
     args = parser.parse_args(argv)
     result = run(args)
     finish(result, tables(result), args.json)
