@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import ckpt
 from benchmarks.crew import Crew, bounds
-from benchmarks.harness import Rank, Rounds, Sample
+from benchmarks.harness import Rank, Rounds, Sample, warm_up
 from benchmarks.report import Table, finish, machine, options, ratio_cell, spread, workspace
 
 LIMIT = "limit: reads of a memfd"
@@ -95,6 +95,7 @@ def _limit(rank: Rank) -> dict[str, Any]:
 def _files(rank: Rank, folder: str) -> dict[str, Any]:
     run, state = f"{folder}/files", rank.state.tree()
     ckpt.save(state, run)
+    warm_up(Path(run))  # loads of cold files leave them cold
     ckpt.load(state, run)
 
     def call() -> dict[str, Any]:
