@@ -21,6 +21,7 @@ from ckpt.keeper.protocol import Connection, Frame, frame, own_peer, proof
 __all__ = ["Loop", "Peer", "alive"]
 
 log = logging.getLogger("ckpt.keeper")
+_SILENT = 20  # seconds after which a host that answers nothing, not even its kernel, counts as gone
 _GREETING = 5.0  # seconds in which a stranger has to prove himself
 _STRANGERS = 64  # at once; more are not let in
 
@@ -116,6 +117,8 @@ class Loop:
     def add(self, sock: socket.socket, link: Connection, role: str) -> Peer:
         """Takes over a connection."""
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            _mind_silence(sock)
         peer = Peer(link, role)
         self.peers.append(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
@@ -222,6 +225,15 @@ class Loop:
     def _watch(self, peer: Peer) -> None:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.link.waiting else 0)
         self._selector.modify(peer.link.sock, wanted, peer)
+
+
+def _mind_silence(sock: socket.socket) -> None:
+    """A host that lost its power says nothing: the kernel asks, and ends the connection. One that is merely stopped answers."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT // 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENT // 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENT)
 
 
 def alive(pid: int) -> bool:
