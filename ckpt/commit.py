@@ -341,7 +341,7 @@ def refuse_superseded(backend: Backend, generation: int) -> None:
         who = f"by {told.get('by', 'an older version')} at {told.get('time')}"
     except NotFoundError:
         return
-    except FormatError as e:
+    except (FormatError, IntegrityError) as e:
         who = f"by whoever wrote a file that cannot be read ({e})"
     raise ConflictError(
         f"generation {generation + 1} of {backend.root} was begun {who}, while this job trains generation {generation}: one "

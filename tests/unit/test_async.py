@@ -408,6 +408,17 @@ def test_a_job_that_another_has_followed_commits_nothing(tmp_path: Path) -> None
     }  # fmt: skip
 
 
+def test_a_newer_job_whose_file_is_damaged_is_a_newer_job(tmp_path: Path) -> None:
+    """It is no damage to the step that is being saved."""
+    old = ckpt.Checkpointer(tmp_path / "run", {"x": torch.ones(3)}, storage=ckpt.Every(1))
+    old.restore()
+    old.step(0)
+    (tmp_path / "run" / "gen-0002.json").write_bytes(b"{")
+    with pytest.raises(ckpt.ConflictError, match=r"generation 2 of .* cannot be read"):
+        old.save_now()
+    old.close()
+
+
 def test_nothing_durable_for_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cp = ckpt.Checkpointer(tmp_path / "run", {"x": torch.ones(3)}, storage=ckpt.Every(2), max_stale=5)
     cp.restore()
