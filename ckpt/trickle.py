@@ -39,11 +39,9 @@ __all__ = ["Trickle"]
 log = logging.getLogger("ckpt")
 _AGAIN = 60.0
 _OTHERS = 0.5  # seconds until the first look at whether other hosts are done; more and more later
-
-
-_HELD_UP = 5.0
-_POLL = 0.1
-_WINDOW = 4 << 20
+_HELD_UP = 5.0  # seconds that a piece waits for a snapshot that is being copied, at most
+_POLL = 0.1  # seconds between two looks at that
+_WINDOW = 4 << 20  # bytes of a step in the store that are asked for at a time, to check it
 
 
 class _Stopped(Exception):

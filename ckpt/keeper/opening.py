@@ -45,7 +45,8 @@ def packs_of(
 ) -> tuple[dict[int, Pack], list[Stripes]]:
     """(packs by writer, stripes that some of them are decoded from); both read what is not here over `loans`.
 
-    `extents` of all packs by writer: bytes, where it begins in its rank's memory; `here`: those on this host, which people call `host`; `reach`: keepers by their host.
+    `extents` of all packs by writer: bytes, where it begins in its rank's memory; `here`: those on this host, which people
+    call `host`; `reach`: keepers by their host.
     Raises NotFoundError if one cannot be had.
     """
     placement = step.layout.placement

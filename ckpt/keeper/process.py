@@ -8,8 +8,8 @@ writes their packs to storage, and outlives the trainers.
     CLOSING    every trainer said `close`: ends when nothing is being written
 
 Started by a trainer through `ckpt.keeper.link`, in a session of its own; where no process can be started, it is a thread of
-that trainer. What happens on this host is told to the seat
-of the lead, which is here or at the keeper of another host; what that orders is done here.
+that trainer. What happens on this host is told to the seat of the lead, which is here or at the keeper of another host; what
+that orders is done here.
 """
 
 from __future__ import annotations
