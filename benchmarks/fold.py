@@ -36,6 +36,7 @@ from ckpt.keeper.view import keepers_here
 from ckpt.merge.average import ACCUMULATORS, Progress
 from ckpt.merge.native import kernels
 from ckpt.plan import SHARD, Claim, Claims, merge
+from ckpt.snapshot.arena import Slot
 from ckpt.snapshot.copier import Snapshot
 from ckpt.snapshot.device import Timed, pretend
 from ckpt.write import Stored
@@ -73,7 +74,7 @@ class Fold:
         averages = sorted(list(RULES)[:many])
         self._cut = cut_of(with_averages(plan, 1, averages, {n: n for n in names}), 1, 0, averages, {})
         progress = {n: Progress(RULES[n].spec, folds=2, step=5, t=6.0, start=0.0) for n in averages}
-        packs = [np.zeros(self._cut.layout.size, dtype=np.uint8) for _ in range(2)]
+        packs = [Slot(self._cut.layout.size, "ckpt-bench").buffer for _ in range(2)]
         self._bases = [Base(pack, progress) for pack in packs]
         wide = np.dtype(ACCUMULATORS[kind]).itemsize
         self.nbytes = len(names) * SIDE * (value.element_size() + 2 * wide * many)

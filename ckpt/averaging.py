@@ -29,7 +29,7 @@ from ckpt.keeper.averaged import (
     with_averages,
 )
 from ckpt.keeper.member import Member
-from ckpt.merge.average import AVERAGES, BLOCK_NUMBERS, Mark, Progress, Rule, fold
+from ckpt.merge.average import AVERAGES, BLOCK_NUMBERS, Folds, Mark, Progress, Rule
 from ckpt.plan import Plan
 from ckpt.read import Target, read_targets
 from ckpt.saving import Work
@@ -345,12 +345,12 @@ def _take(source: Source, kind: str, out: np.ndarray[Any, Any]) -> None:
     """A fragment of the state in the accumulator's type."""
     item = dtype(kind).itemsize
     ratio = len(out) // max(1, source.nbytes // item)
-    step = BLOCK_NUMBERS // 2
+    step, take = BLOCK_NUMBERS // 2, Folds([1.0], guarded=False)
     for at in range(0, source.nbytes // item, step):
         n = min(step, source.nbytes // item - at)
         block = np.empty(n * item, dtype=np.uint8)
         source.into(at * item, block)
-        list(fold(block, kind, [None], [1.0], [out[at * ratio : (at + n) * ratio]], guarded=False))
+        list(take(block, kind, [None], [out[at * ratio : (at + n) * ratio]]))
 
 
 def _left(letters: Sequence[bytes]) -> bytes:

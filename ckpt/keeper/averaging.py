@@ -29,7 +29,7 @@ from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
 from ckpt.keeper.averaged import decode_progress, encode_progress, pack_start
 from ckpt.keeper.holding import Memory, pieces_of
 from ckpt.keeper.protocol import Frame, frame
-from ckpt.merge.average import AVERAGES, NOTES, NotFinite, Progress, advance, fold, norm
+from ckpt.merge.average import AVERAGES, NOTES, Folds, NotFinite, Progress, advance, norm
 from ckpt.merge.native import address
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report
@@ -128,6 +128,7 @@ def fold_pack(
     r = [rates[name] for name in order]
     old, now = base.pack, address(into)
     here, then = address(snapshot), 0 if old is None else address(old)
+    folds = Folds(r, guarded=not refuse)
     for number, kind, places in cut.work:
         at, n = int(report.offset[number]), int(report.length[number])
         item, wide = dtype(kind).itemsize, dtype(layout.pieces[places[0][0]].tensor.dtype).itemsize
@@ -141,17 +142,17 @@ def fold_pack(
             after = [into[p + lo : p + lo + size] for _, p in places]
             block = first * wide // BLOCK
             where = here + at + first * item, [then + p + lo for _, p in places], [now + p + lo for _, p in places]
-            found = fold(theta, kind, before, r, after, guarded=not refuse, at=where)
+            found = folds(theta, kind, before, after, where)
             for m, (k, _) in enumerate(places):
                 try:
-                    squares[m] = next(found)
+                    squares[m], made = next(found)
                 except NotFinite:
                     leaf = _split(layout.pieces[k], order)[1]
                     return fold_pack(snapshot, report, cut, base, step, marks, into, stop, f"not finite: {leaf}")
                 row, read = rows[k] + block, before[m]  # while they are in the cache
                 if base.table is not None and read is not None and crc32c(read) != base.table[row]:
                     raise IntegrityError(f"{layout.pieces[k].tensor.name}: in memory it is not what was folded")
-                table[row] = crc32c(after[m])
+                table[row] = crc32c(made)
             if block % _SAMPLE == 0 and not refuse:
                 sums[:, 0] += squares
                 sums[:, 1] += norm(theta, kind)

@@ -28,6 +28,7 @@ __all__ = [
     "EMA",
     "MWA",
     "ACCUMULATORS",
+    "Folds",
     "Mark",
     "NotFinite",
     "Power",
@@ -35,7 +36,6 @@ __all__ = [
     "Progress",
     "Rule",
     "advance",
-    "fold",
 ]
 
 Bytes = npt.NDArray[np.uint8]
@@ -283,48 +283,83 @@ class NotFinite(ArithmeticError):
     """A snapshot holds what cannot be averaged: no number, or an infinity that the average does not have."""
 
 
-def fold(
-    theta: Bytes,
-    kind: str,
-    old: Sequence[Bytes | None],
-    rates: Sequence[float],
-    new: Sequence[Bytes],
-    *,
-    guarded: bool = True,
-    at: tuple[int, Sequence[int], Sequence[int]] | None = None,
-) -> Iterator[float]:
-    """new = old + r (theta - old) for each of several averages, one or more, of the same elements.
+class Folds:
+    """new = old + r (theta - old) for each of several averages, one or more, of the same elements, block by block; for
+    one thread.
 
-    theta  stored elements of dtype `kind`, which is in `ACCUMULATORS`
-    old    accumulators, as many; None where there is no average yet: the rate is then 1
-    rates  0 copies the average, 1 copies theta; any other is rounded to the accumulator's type first
-    new    where the results go; apart from `old`
-    at     addresses of theta, of each of `old` (of those that are there) and of `new`, where the caller knows them
-
-    Each operation is rounded by itself, so a result does not depend on where a block begins, and what does not change
-    stays as it is bit by bit (but -0, which becomes 0). Yields, for each average when it is made, the sum of
-    (theta - old)^2; 0 where nothing was to be computed.
-
-    Raises NotFinite, with `new` undefined; unless `guarded` is False, which is for rates of 0 and 1 alone.
+    rates    0 copies the average, 1 copies theta; any other is rounded to the accumulator's type first
+    guarded  refuse what is not finite; False is for rates of 0 and 1 alone
     """
-    compiled = kernels().fold.get(kind)
-    if compiled is not None and at is None:
-        at = address(theta), [0 if a is None else address(a) for a in old], [address(b) for b in new]
-    x: _Array | None = None
-    for k, (a, r, b) in enumerate(zip(old, rates, new, strict=True)):
-        if compiled is not None and at is not None and a is not None and 0 < r < 1:
-            square = compiled(at[0], at[1][k], at[2][k], len(b) // _wide(kind), r)
-            if math.isfinite(square):
-                yield square
+
+    def __init__(self, rates: Sequence[float], *, guarded: bool = True) -> None:
+        self._rates, self._guarded = rates, guarded
+        self._which = [k for k, r in enumerate(rates) if 0 < r < 1]
+        n = len(self._which)
+        self._rounded = {4: np.array([rates[k] for k in self._which], "<f4")}
+        self._rounded[8] = np.array([rates[k] for k in self._which], "<f8")
+        self._sums, self._where = np.empty(n), np.empty((3, n), dtype=np.uintp)
+        self._room = np.empty((n, 0), dtype=np.uint8)
+        there = address(self._where)
+        self._there = there, there + 8 * n, there + 16 * n if n > 1 else 0
+        self._rest = {wide: (address(r), address(self._sums), n) for wide, r in self._rounded.items()}
+
+    def __call__(
+        self,
+        theta: Bytes,
+        kind: str,
+        old: Sequence[Bytes | None],
+        new: Sequence[Bytes],
+        at: tuple[int, Sequence[int], Sequence[int]] | None = None,
+    ) -> Iterator[tuple[float, Bytes]]:
+        """Folds one block.
+
+        theta  stored elements of dtype `kind`, which is in `ACCUMULATORS`
+        old    accumulators; None where there is no average yet: the rate is then 1
+        new    where the results go; apart from `old`
+        at     addresses of theta, of each of `old` (anything for None) and of `new`, where the caller knows them
+
+        Each operation is rounded by itself, so a result does not depend on where a block begins, and what does not change
+        stays as it is bit by bit (but -0, which becomes 0). Yields, for each average when it is made, the sum of
+        (theta - old)^2, 0 where nothing was to be computed; and the result where it is in the cache, until the next call.
+
+        Raises NotFinite, with `new` undefined.
+        """
+        done = self._compiled(theta, kind, old, new, at)
+        x: _Array | None = None
+        for k, (a, r, b) in enumerate(zip(old, self._rates, new, strict=True)):
+            if k in done:
+                yield done[k], self._room[self._which.index(k), : len(b)] if len(self._which) > 1 else b
                 continue
-            x = None  # that may have been where b is
-        if x is None:
-            x = _widened(theta, kind, new[-1])  # where the last result goes, which is computed last
-        yield _fold(theta, kind, x, a, r, b, guarded)
+            if x is None:
+                x = _widened(theta, kind, np.empty_like(b))
+            yield _fold(theta, kind, x, a, r, b, self._guarded), b
+
+    def _compiled(
+        self,
+        theta: Bytes,
+        kind: str,
+        old: Sequence[Bytes | None],
+        new: Sequence[Bytes],
+        at: tuple[int, Sequence[int], Sequence[int]] | None,
+    ) -> dict[int, float]:
+        """Folds what the compiled kernel can: average -> its sum of squares, which is finite."""
+        kernel, which = kernels().fold.get(kind), self._which
+        if kernel is None or not which:
+            return {}
+        if at is None:
+            at = address(theta), [0 if a is None else address(a) for a in old], [address(b) for b in new]
+        nbytes, wide = len(new[0]), _wide(kind)
+        if len(which) > 1 and nbytes > self._room.shape[1]:
+            self._room = np.empty((len(which), nbytes), dtype=np.uint8)
+            self._where[2] = [address(row) for row in self._room]
+        self._where[0] = [at[1][k] for k in which]
+        self._where[1] = [at[2][k] for k in which]
+        kernel(at[0], *self._there, *self._rest[wide], nbytes // wide)
+        return {k: square for k, square in zip(which, self._sums.tolist(), strict=True) if math.isfinite(square)}
 
 
 def _fold(theta: Bytes, kind: str, x: _Array, a: Bytes | None, r: float, b: Bytes, guarded: bool) -> float:
-    """One of them, by numpy; x: theta in the accumulator's type, which may lie in b."""
+    """One of them, by numpy; x: theta in the accumulator's type."""
     target: _Array = b.view(x.dtype)
     if a is None or r == 1:
         if guarded and not math.isfinite(float(np.dot(x, x))) and np.isnan(x).any():

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 __all__ = ["Kernels", "address", "addresses", "kernels", "load"]
 
-_NUMBERS = {"float32": ctypes.c_float, "float64": ctypes.c_double, "bfloat16": ctypes.c_float}
+_NUMBERS = ("float32", "float64", "bfloat16")
 _KINDS = {**{k: k for k in _NUMBERS}, "complex64": "float32", "complex128": "float64"}
 
 
@@ -26,11 +26,12 @@ _KINDS = {**{k: k for k in _NUMBERS}, "complex64": "float32", "complex128": "flo
 class Kernels:
     """By the type of what is stored; types that are not there are for numpy.
 
-    fold     (x, old, new, numbers, rate) -> the sum of (x - old)^2, not finite if anything is not; arrays by address
+    fold     (x, old, new, made, rates, sums, averages, numbers); x by address, the others arrays of addresses or numbers, one
+             for each average, `made` 0 for none; rates of the accumulator's type
     combine  (blocks, weights, terms, base, out, numbers) -> whether all of `out` is finite; blocks: addresses, as an array
     """
 
-    fold: Mapping[str, Callable[[int, int, int, int, float], float]]
+    fold: Mapping[str, Callable[[int, int, int, int, int, int, int, int], None]]
     combine: Mapping[str, Callable[[Any, int, int, int, int, int], int]]
 
 
@@ -38,9 +39,9 @@ def load(path: str) -> Kernels:
     """From a library that was built of kernels.c. Raises OSError or AttributeError for what is none."""
     library = ctypes.CDLL(path)
     fold, combine = {}, {}
-    for kind, number in _NUMBERS.items():
+    for kind in _NUMBERS:
         one, many = library[f"fold_{kind}"], library[f"combine_{kind}"]
-        one.restype, one.argtypes = ctypes.c_double, [*[ctypes.c_void_p] * 3, ctypes.c_size_t, number]
+        one.restype, one.argtypes = None, [*[ctypes.c_void_p] * 6, *[ctypes.c_size_t] * 2]
         many.restype = ctypes.c_int
         many.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_size_t, *[ctypes.c_void_p] * 2, ctypes.c_size_t]
         fold[kind], combine[kind] = one, many

@@ -16,11 +16,11 @@ import torch
 
 from ckpt.merge import arithmetic, average
 from ckpt.merge.arithmetic import AVERAGED, Room, combine
-from ckpt.merge.average import ACCUMULATORS, fold
+from ckpt.merge.average import ACCUMULATORS, Folds
 from ckpt.merge.native import Kernels, load
 
 ROOT = Path(__file__).parents[2]
-SIZES = (1, 15, 16, 1023, 1025, 5003)
+SIZES = (1, 15, 16, 1023, 1025, 5003, 33000)
 Raw = np.ndarray[Any, Any]
 
 
@@ -67,6 +67,12 @@ def stored(kind: str, n: int, seed: int) -> Raw:
     return made.view(torch.uint8).numpy()[made.element_size() :]
 
 
+def room_for(nbytes: int, shift: int) -> Raw:
+    """Memory that begins so many bytes after what every vector is aligned to."""
+    whole = np.zeros(nbytes + 128, dtype=np.uint8)
+    return whole[-whole.ctypes.data % 64 + shift :][:nbytes]
+
+
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "float16", "complex64", "complex128"])
 def test_folds(both: Callable[..., Any], compiled: Kernels, kind: str) -> None:
     assert (kind in compiled.fold) == (kind != "float16")
@@ -77,12 +83,29 @@ def test_folds(both: Callable[..., Any], compiled: Kernels, kind: str) -> None:
         old[2] = None
 
         def action(n: int = n, theta: Raw = theta, old: list[Raw | None] = old) -> Any:
-            new = [np.zeros(n * wide, dtype=np.uint8) for _ in old]
-            sums = list(fold(theta, kind, old, [1e-4, 0.7, 1.0, 0.0, 1 - 1e-12], new))
+            new, sums = [room_for(n * wide, shift) for shift in (0, 0, 0, 0, wide)], []
+            for k, (square, made) in enumerate(Folds([1e-4, 0.7, 1.0, 0.0, 1 - 1e-12])(theta, kind, old, new)):
+                sums.append(square)
+                assert np.array_equal(made, new[k]), "what a checksum is taken of is what lies in memory"
             return np.stack(new), sums
 
         (a, sums), (b, others) = both(action)
         assert np.array_equal(a, b) and np.allclose(sums, others, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_folds_of_many_averages(both: Callable[..., Any], kind: str) -> None:
+    """More than the kernel has sums for at once."""
+    theta = stored(kind, 1000, 1)
+    old = [stored("float32", 1000, k) for k in range(37)]
+
+    def action() -> Any:
+        new = [np.zeros(4000, dtype=np.uint8) for _ in old]
+        sums = [square for square, _ in Folds([k / 40 for k in range(1, 38)])(theta, kind, old, new)]
+        return np.stack(new), sums
+
+    (a, sums), (b, others) = both(action)
+    assert np.array_equal(a, b) and np.allclose(sums, others, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
@@ -95,7 +118,7 @@ def test_folds_of_what_is_not_finite(both: Callable[..., Any], kind: str, value:
 
     def action() -> Any:
         new = [np.empty_like(old) for _ in range(2)]
-        return list(fold(theta, kind, [old] * 2, [0.5, 0.25], new))[:0], np.stack(new).tolist()
+        return list(Folds([0.5, 0.25])(theta, kind, [old] * 2, new))[:0], np.stack(new).tolist()
 
     first, second = both(action)
     assert first == second

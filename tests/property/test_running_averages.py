@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from ckpt.errors import UsageError
 from ckpt.merge import weights
-from ckpt.merge.average import EMA, MWA, NotFinite, Power, PowerEMA, Progress, advance, fold
+from ckpt.merge.average import EMA, MWA, Folds, NotFinite, Power, PowerEMA, Progress, advance
 
 STEPS = st.lists(st.integers(0, 5000), min_size=2, max_size=20, unique=True).map(sorted)
 
@@ -120,7 +120,7 @@ def folded(theta: torch.Tensor, old: np.ndarray[Any, Any], rate: float, cut: int
     for at in range(0, theta.numel(), cut):
         end = min(at + cut, theta.numel())
         a, b = old.view(np.uint8)[at * wide : end * wide], new.view(np.uint8)[at * wide : end * wide]
-        list(fold(raw[at * item : end * item], kind, [a], [rate], [b]))
+        list(Folds([rate])(raw[at * item : end * item], kind, [a], [b]))
     return new
 
 
@@ -144,11 +144,11 @@ def test_several_averages_share_a_read() -> None:
     olds = [np.random.default_rng(k).standard_normal(1000).astype(np.float32) for k in range(3)]
     news = [np.empty_like(o) for o in olds]
     raw = theta.view(torch.uint8).numpy()
-    squares = fold(
-        raw, "bfloat16", [o.view(np.uint8) for o in olds], [0.5, 0.0, 0.25], [n.view(np.uint8) for n in news]
+    squares = Folds([0.5, 0.0, 0.25])(
+        raw, "bfloat16", [o.view(np.uint8) for o in olds], [n.view(np.uint8) for n in news]
     )
-    for old, new, rate, square in zip(olds, news, (0.5, 0.0, 0.25), squares, strict=True):
-        assert np.array_equal(new, folded(theta, old, rate))
+    for old, new, rate, (square, made) in zip(olds, news, (0.5, 0.0, 0.25), squares, strict=True):
+        assert np.array_equal(new, folded(theta, old, rate)) and np.array_equal(made, new.view(np.uint8))
         assert square == pytest.approx(float(((theta.float().numpy() - old) ** 2).sum()) if rate else 0.0, rel=1e-4)
 
 
