@@ -135,7 +135,7 @@ def _upload(data: memoryview, key: str) -> None:
 def _download(into: memoryview, key: str) -> None:
     client = client_for({})
     with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
-        list(pool.map(lambda at: client.read(BUCKET, key, at, into[at : at + RANGE]), range(0, len(into), RANGE)))
+        list(pool.map(lambda at: client.read(BUCKET, key, at, [into[at : at + RANGE]]), range(0, len(into), RANGE)))
 
 
 @contextmanager

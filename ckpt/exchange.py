@@ -250,7 +250,7 @@ class _Spool:
     def ask(self, pack: int, lo: int, into: Buffer) -> None:
         """A range from the run itself."""
         if isinstance(self._backend, ReadsAhead):
-            self._backend.read_just(self._paths[pack], lo, into)
+            self._backend.read_just(self._paths[pack], lo, [into])
         else:
             self._backend.read(self._paths[pack], lo, [into])
         with self._lock:

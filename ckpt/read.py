@@ -2,7 +2,7 @@
 
 Every block that is touched is read whole and checked. What lies in the target as it does in the file is read right there,
 with one call for what is next to one another, and checked while it is in the core's own cache; other bytes, and all that
-come from a store or past the page cache, go by way of scratch memory.
+come past the page cache, go by way of scratch memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Part(NamedTuple):
 @dataclass(slots=True)
 class _Job:
     """One range of a pack: neighbouring parts, read with one call. `room`: bytes of the scratch memory by way of which jobs
-    like this one are read; 0 for reads in place."""
+    like this one are read past the page cache; for reads in place, what is not 0 is one request for just that."""
 
     pack: Pack
     room: int
@@ -191,7 +191,7 @@ def _run_all(jobs: Iterator[_Job], together: int, threads: int, progress: Callab
                     some = list(_some(jobs, together))
                 if not some:
                     return
-                if some[0].room:
+                if some[0].room and not isinstance(some[0].pack.backend, ReadsAhead):
                     _by_way(some[0], scratch)
                 else:
                     _in_place(some, scratch)
@@ -249,7 +249,9 @@ def _in_place(jobs: Sequence[_Job], scratch: _Scratch) -> None:
     scratch.begin()
     places = [_places(job, scratch) for job in jobs]
     backend = jobs[0].pack.backend
-    if len(jobs) == 1:
+    if jobs[0].room and isinstance(backend, ReadsAhead):
+        backend.read_just(jobs[0].pack.path, jobs[0].start, places[0][0])
+    elif len(jobs) == 1:
         backend.read(jobs[0].pack.path, jobs[0].start, places[0][0])
     else:
         assert isinstance(backend, ReadsMany)
@@ -291,19 +293,9 @@ def _places(job: _Job, scratch: _Scratch) -> tuple[list[memoryview], list[memory
 
 
 def _by_way(job: _Job, scratch: _Scratch) -> None:
-    """One request, into the target if that is all of it, else into scratch memory and on from there, block by block."""
-    pack, first = job.pack, job.parts[0]
-    backend, size = pack.backend, job.stop - job.start
-    if isinstance(backend, ReadsAhead):
-        if first.place is not None and len(job.parts) == 1 and len(first.place) == size:
-            backend.read_just(pack.path, job.start, first.place)
-            _check(pack, first, first.place)
-            return
-        got = scratch.like(job)
-        backend.read_just(pack.path, job.start, got)
-    else:
-        got = scratch.like(job)
-        backend.read(pack.path, job.start, [got])
+    """One read past the page cache, into scratch memory and on from there, block by block."""
+    pack, got = job.pack, scratch.like(job)
+    pack.backend.read(pack.path, job.start, [got])
     for part in job.parts:
         stored = got[part.lo - job.start : part.hi - job.start]
         if part.place is None:

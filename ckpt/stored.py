@@ -64,7 +64,7 @@ class Pack:
         size, table_offset = int(packs.size[index]), int(packs.table_offset[index])
         if lean and isinstance(backend, ReadsAhead) and size - table_offset <= _PLAIN:
             table = np.empty(size - table_offset, np.uint8)
-            backend.read_just(self.path, table_offset, memoryview(table))
+            backend.read_just(self.path, table_offset, [memoryview(table)])
         else:
             actual = backend.size(self.path)
             if actual != size:

@@ -121,9 +121,9 @@ class Nearest:
                 self._pass(path, e)
         self.remote.read(path, offset, into)
 
-    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+    def read_just(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         if self._here(path) or not isinstance(self.remote, ReadsAhead):
-            self.read(path, offset, [into])
+            self.read(path, offset, into)
         else:
             self.remote.read_just(path, offset, into)
 

@@ -68,7 +68,7 @@ class _Polite:
             self._turn()
             self._size = self._size if name == path else self._inner.size(path)
             held = bytearray(max(n, min(_WINDOW, self._size - offset)))
-            self._inner.read_just(path, offset, memoryview(held))
+            self._inner.read_just(path, offset, [memoryview(held)])
             self._window, self._held, start = (path, offset), held, offset
         at = offset - start
         for buffer in into:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ckpt.backends.base import Buffer
 
-__all__ = ["BUDGET", "Ahead"]
+__all__ = ["BUDGET", "Ahead", "scatter"]
 
 THREADS = 8
 WINDOW = 8 << 20
@@ -97,7 +97,7 @@ class Ahead:
             if short:
                 break
         if data is not None:
-            _scatter(memoryview(data)[:at], into)
+            scatter(memoryview(data)[:at], into)
         return at
 
     def told(self, path: str, size: int) -> int:
@@ -186,7 +186,7 @@ class Ahead:
         for start, count, got, place in asked:
             there = got.result()
             if place is not None:
-                _scatter(memoryview(place)[:there], into, start)
+                scatter(memoryview(place)[:there], into, start)
             total += there
             if there < count:
                 break
@@ -199,7 +199,7 @@ class Ahead:
             return self._pool[1]
 
 
-def _scatter(data: Buffer, into: Sequence[Buffer], skip: int = 0) -> None:
+def scatter(data: Buffer, into: Sequence[Buffer], skip: int = 0) -> None:
     """Copies data into buffers, one after the other, from byte `skip` of all of them on."""
     for buffer in into:
         if skip >= len(buffer):

@@ -103,7 +103,7 @@ class Redundant(Protocol):
 class ReadsAhead(Protocol):
     """What a backend serves besides, if its `read` asks a store for more than it is asked for."""
 
-    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+    def read_just(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         """As `read`, as one request for just that."""
         ...
 

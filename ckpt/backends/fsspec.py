@@ -23,7 +23,7 @@ from fsspec.config import conf
 from fsspec.dircache import DirCache
 from fsspec.registry import known_implementations, registry
 
-from ckpt.backends.ahead import Ahead
+from ckpt.backends.ahead import Ahead, scatter
 from ckpt.backends.base import TEMPORARY, Buffer, Entry, Upload, check_path
 from ckpt.errors import CkptError, ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
 
@@ -194,10 +194,14 @@ class FsspecBackend:
         if got < n:
             raise self._short(path, offset + got)
 
-    def read_just(self, path: str, offset: int, into: Buffer) -> None:
-        got = self._get(check_path(path), offset, into)
-        if got < len(into):
+    def read_just(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
+        n = sum(len(b) for b in into)
+        data = into[0] if len(into) == 1 else memoryview(bytearray(n))
+        got = self._get(check_path(path), offset, data)
+        if got < n:
             raise self._short(path, offset + got)
+        if len(into) != 1:
+            scatter(data, into)
 
     def _short(self, path: str, end: int) -> IntegrityError:
         return IntegrityError(f"{self.root}/{path}: ends at byte {end}, before its checkpoint says; it was cut short")

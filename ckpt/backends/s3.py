@@ -43,7 +43,7 @@ class S3Backend:
         self._bucket, self._prefix = bucket, prefix.strip("/")
         self.root = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self._client = client or client_for(options or {})
-        self._ahead = Ahead(lambda path, offset, into: self._client.read(self._bucket, self._key(path), offset, into))
+        self._ahead = Ahead(lambda path, offset, into: self._client.read(self._bucket, self._key(path), offset, [into]))
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{check_path(path)}".lstrip("/")
@@ -130,9 +130,9 @@ class S3Backend:
         if got < n:
             raise self._short(path, offset + got)
 
-    def read_just(self, path: str, offset: int, into: Buffer) -> None:
+    def read_just(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         got = self._client.read(self._bucket, self._key(path), offset, into)
-        if got < len(into):
+        if got < sum(len(b) for b in into):
             raise self._short(path, offset + got)
 
     def _short(self, path: str, end: int) -> IntegrityError:

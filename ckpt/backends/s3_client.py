@@ -11,7 +11,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -135,22 +136,27 @@ class Client:
             except Exception as e:  # botocore's errors and those it lets through have no family in common
                 tries.failed(e)
 
-    def read(self, bucket: str, key: str, offset: int, into: Buffer) -> int:
-        """Fills a buffer from `offset` on; returns how many bytes there were before the object's end."""
+    def read(self, bucket: str, key: str, offset: int, into: Sequence[Buffer]) -> int:
+        """Fills the buffers, one after the other, from `offset` on, with one request; returns how many bytes there were before
+        the object's end."""
         tries, at = _Tries("get_object", f"s3://{bucket}/{key}", self.patience), 0
-        while at < len(into):
+        left = deque(b for b in into if len(b))
+        size = sum(map(len, left))
+        while at < size:
             try:
-                asked = f"bytes={offset + at}-{offset + len(into) - 1}"
+                asked = f"bytes={offset + at}-{offset + size - 1}"
                 answer = self._client.get_object(Bucket=bucket, Key=key, Range=asked)
                 if offset + at and "ContentRange" not in answer:
                     raise Unserved(f"s3://{bucket}/{key}: the store does not serve ranges of objects")
-                stop = at + min(int(answer["ContentLength"]), len(into) - at)
+                stop = at + min(int(answer["ContentLength"]), size - at)
                 with answer["Body"] as stream:
                     while at < stop:
-                        n = stream.readinto(into[at : min(at + _PIECE, stop)])
+                        n = stream.readinto(left[0][: min(_PIECE, stop - at)])
                         if not n:
                             raise ConnectionResetError("the answer ended early")
-                        at += n
+                        at, left[0] = at + n, left[0][n:]
+                        if not len(left[0]):
+                            left.popleft()
                 return at
             except Exception as e:
                 if _code(e)[0] in ("InvalidRange", "416"):

@@ -264,12 +264,15 @@ class BackendContract:
         backend.create("a/b", data)
         for offset, n in [(0, 1), (17, 70_000), (99_999, 1)]:
             into = bytearray(n)
-            backend.read_just("a/b", offset, memoryview(into))
+            backend.read_just("a/b", offset, [memoryview(into)])
             assert into == data[offset : offset + n]
+        several = [bytearray(n) for n in (3, 0, 60_000, 1)]
+        backend.read_just("a/b", 5, [memoryview(b) for b in several])
+        assert b"".join(several) == data[5:60_009]
         with pytest.raises(IntegrityError):
-            backend.read_just("a/b", 99_999, memoryview(bytearray(2)))
+            backend.read_just("a/b", 99_999, [memoryview(bytearray(2))])
         with pytest.raises(NotFoundError):
-            backend.read_just("a/c", 0, memoryview(bytearray(2)))
+            backend.read_just("a/c", 0, [memoryview(bytearray(2))])
 
     def test_reads_from_many_threads(self, backend: Backend) -> None:
         data = [noise(30_000, i) for i in range(self.many)]
