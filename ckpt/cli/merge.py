@@ -74,6 +74,7 @@ def average(
     power:Q, edm:SIGMA           1 - x^Q decay; EDM2's power EMA over the steps there are
     mwa:METRIC,PENALTY[,FORM]    by a metric or `step`; power, exp or range
     runs, interpolate:AMOUNT     mean of the runs' means; from the first to the last
+    delta:START                  each leaf by how far it moved from the ref START
     0.2,0.3,1/2                  these
 
     --posthoc-ema without --tracked is edm:SIGMA. With it, averages of other widths that were saved are recombined.
@@ -148,7 +149,7 @@ def _total(recipe: Recipe) -> int:
 
 
 def _show(recipe: Recipe, as_json: bool) -> int:
-    """Says what a recipe would come to; opens its checkpoints, and reads no tensor."""
+    """Says what a recipe would come to; opens its checkpoints, and reads no tensor (to make one of delta-guided weights does)."""
     from ckpt.merge.stream import Blend
 
     with Blend(recipe) as blend:
@@ -161,6 +162,10 @@ def _show(recipe: Recipe, as_json: bool) -> int:
         return 0
     rows = [[str(t.step), f"{t.weight:.6f}", t.ref] for t in recipe.terms]
     click.echo(columns(("STEP", "WEIGHT", "CHECKPOINT"), rows, ">>"))
+    if recipe.weights_of is not None:
+        click.echo(
+            f"each leaf has weights of its own; these are their means over {count(len(recipe.weights_of), 'tensor')}"
+        )
     for word, some in (("averaged", averaged), ("copied from the last", copied)):
         click.echo(f"{word}: {count(len(some), 'tensor')}, {size(sum(s.nbytes for s in some))}")
     return 0

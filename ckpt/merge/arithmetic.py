@@ -8,6 +8,7 @@ in all checkpoints stays as it is, bit by bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from ckpt.merge.native import address, addresses, kernels
 from ckpt.merge.weights import Floats
 
-__all__ = ["AVERAGED", "NotFinite", "Room", "combine"]
+__all__ = ["AVERAGED", "NotFinite", "Room", "combine", "squares"]
 
 Bytes = npt.NDArray[np.uint8]
 _Array = npt.NDArray[Any]
@@ -103,6 +104,34 @@ def combine(blocks: Sequence[Bytes], weights: Floats, kind: str, out: Sequence[B
                 np.subtract(b, total[row], out=p)
                 if not _narrow(p, kind, result[at : at + n], d):
                     _carefully(some, factor[row], kind, result[at : at + n])
+
+
+def squares(blocks: Sequence[Bytes], start: Bytes, kind: str, room: Room) -> list[float]:
+    """For each block the sum of (x - start)^2 over its numbers, in float64: numpy's pairwise sum, always of the whole block, so that
+    it depends on nothing but the elements. A complex number counts as its two parts; equal infinities are no difference.
+
+    blocks, start   arrays of as many bytes, at most 256 KiB: elements of dtype `kind`, which is in `AVERAGED`
+
+    Raises NotFinite for any other number that is not finite; the index of `start` is len(blocks).
+    """
+    stored = np.dtype(_STORED[AVERAGED[kind]])
+    memory = room.take(1, "<f8" if stored.itemsize == 8 else "<f4")[0]
+    d, begun = (row[: len(start) // stored.itemsize] for row in room.take(2, "<f8"))
+    begun[...] = _widen(start.view(stored), kind, memory)
+    out = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for k, block in enumerate(blocks):
+            x = _widen(block.view(stored), kind, memory)
+            total = float(np.square(np.subtract(x, begun, out=d), out=d).sum())
+            if not math.isfinite(total):
+                np.subtract(x, begun, out=d)
+                d[x == begun] = 0
+                bad = ~np.isfinite(d)
+                total = float(np.square(d, out=d).sum())
+                if not math.isfinite(total):
+                    raise NotFinite([i for i, v in ((k, x), (len(blocks), begun)) if not np.isfinite(v[bad]).all()])
+            out.append(total)
+    return out
 
 
 def _compiled(

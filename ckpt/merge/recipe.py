@@ -1,4 +1,5 @@
-"""Recipes: a named linear combination of checkpoints as plain data. Making one reads commits and the ledger, no tensor.
+"""Recipes: a named linear combination of checkpoints as plain data. Making one reads commits and the ledger, no tensor (but
+for delta-guided weights: see `ckpt.merge.delta`).
 
 A recipe can be written as a checkpoint (`ckpt.materialise`), loaded as if it were one (`ckpt.load(state, recipe)`), kept
 as JSON. It names each checkpoint by its own URL and the checksum of its manifest: it means the same for good.
@@ -58,6 +59,8 @@ class Recipe:
     only      names or globs of the leaves to average; all by default
     latest    names or globs of leaves to take from the base all the same
     said      further provenance, as scores of a search: JSON-able
+    weights_of  where leaves have weights of their own: {name of a leaf: a weight for each term}, of all leaves that are averaged.
+              Then a term's weight is the mean of them, to be shown
     """
 
     method: str
@@ -66,15 +69,25 @@ class Recipe:
     only: tuple[str, ...] = ()
     latest: tuple[str, ...] = ()
     said: Mapping[str, Any] | None = None
+    weights_of: Mapping[str, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         w = self.weights
-        if not len(w) or not np.isfinite(w).all() or not abs(math.fsum(w.tolist()) - 1) <= 1e-6:
+        if not _affine(w.tolist(), len(self.terms)):
             raise UsageError(f"recipe {self.method!r}: its weights have to be finite and add up to 1")
+        for name, some in (self.weights_of or {}).items():
+            if not _affine(some, len(w)):
+                raise UsageError(
+                    f"recipe {self.method!r}: leaf {name!r} needs a finite weight for each term, and they have to add up to 1"
+                )
         if self.moments not in ("", *MOMENTS):
             raise UsageError(f"moments={self.moments!r}; say one of {', '.join(MOMENTS)}")
         if self.moments == "averaged" and (w < 0).any():
             raise UsageError("moments cannot be averaged with negative weights: a variance could come out below 0")
+        if self.moments == "averaged" and self.weights_of is not None:
+            raise UsageError(
+                f"recipe {self.method!r}: each leaf has weights of its own, the moments have none; say moments latest or reset"
+            )
 
     @property
     def base(self) -> Term:
@@ -86,8 +99,9 @@ class Recipe:
         return np.array([t.weight for t in self.terms], dtype=np.float64)
 
     def to_json(self) -> str:
-        """One line of JSON; the same for the same recipe."""
-        return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"), sort_keys=True)
+        """One line of JSON; the same for the same recipe. Where no leaf has weights of its own, nothing is said of them."""
+        said = {k: v for k, v in asdict(self).items() if k != "weights_of" or v is not None}
+        return json.dumps({"version": VERSION, **said}, separators=(",", ":"), sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -98,9 +112,15 @@ class Recipe:
                 raise ValueError("it is of another version")
             terms = [Term(**{**t, "instead": tuple((a, b) for a, b in t["instead"])}) for t in given.pop("terms")]
             only, latest = tuple(given.pop("only")), tuple(given.pop("latest"))
-            return Recipe(terms=tuple(terms), only=only, latest=latest, **given)
+            own = given.pop("weights_of", None)
+            own = None if own is None else {name: tuple(map(float, some)) for name, some in own.items()}
+            return Recipe(terms=tuple(terms), only=only, latest=latest, weights_of=own, **given)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise FormatError(f"not a recipe: {type(e).__name__}: {str(e)[:300]}") from None
+
+
+def _affine(weights: Sequence[float], n: int) -> bool:
+    return len(weights) == n > 0 and all(map(math.isfinite, weights)) and abs(math.fsum(weights) - 1) <= 1e-6
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ def average(
     only: Sequence[str] = (),
     latest: Sequence[str] = (),
 ) -> Recipe:
-    """A recipe for the average of checkpoints; nothing is read but what names them.
+    """A recipe for the average of checkpoints; nothing is read but what names them, unless the weights are "delta".
 
     refs      a run (all its steps that lead to the present), a ref of one step, or several of them, oldest first
     last      of each run, only the newest so many
@@ -133,12 +153,17 @@ def average(
     weights   "uniform" (SWA, LAWA, PMA), "wsm:CURVE" (linear, 1-sqrt, 1-square, cosine), "ema:RATE" (decay per step),
               "power:Q", "edm:SIGMA", "mwa:METRIC,PENALTY[,FORM]" (a metric of the steps, or "step"; power, exp, range),
               "runs" (the mean of the means of several runs), "interpolate:AMOUNT" (from the first to the last),
-              numbers as "0.2,0.3,1/2", or a function of the commits. See `ckpt.merge.weights`.
+              "delta:START" (each leaf by how far each checkpoint moved it from the ref START: reads all of them, on every
+              rank that calls this), numbers as "0.2,0.3,1/2", or a function of the commits. See `ckpt.merge.weights`.
     moments   what becomes of optimizers' state; see `Recipe`, as for the other arguments
 
-    Raises UsageError, NotFoundError (no such step; a metric that a step lacks).
+    Raises UsageError, NotFoundError (no such step; a metric that a step lacks); with "delta" what `ckpt.merge.delta.guided` does.
     """
     chosen, counts = choose(refs, last=last, steps=steps)
+    if isinstance(weights, str) and weights.startswith("delta:"):
+        from ckpt.merge.delta import guided  # which reads, with what is made of recipes
+
+        return guided(chosen, weights.removeprefix("delta:"), moments=moments, only=only, latest=latest)
     w, method = _weigh(weights, [c.commit for c in chosen], counts)
     return recipe_of(chosen, w, method, moments=moments, only=only, latest=latest)
 
@@ -319,7 +344,7 @@ def _number(text: str, part: str) -> float:
     except (ValueError, ZeroDivisionError):
         raise UsageError(
             f"weights {text!r}: {part!r} is no number; there are uniform, wsm:CURVE, ema:RATE, power:Q, edm:SIGMA, "
-            "mwa:METRIC,PENALTY[,FORM], runs, interpolate:AMOUNT, or numbers as 0.2,0.3,1/2"
+            "mwa:METRIC,PENALTY[,FORM], runs, interpolate:AMOUNT, delta:START, or numbers as 0.2,0.3,1/2"
         ) from None
 
 

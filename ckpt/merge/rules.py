@@ -90,6 +90,8 @@ def match(recipe: Recipe, manifests: Sequence[Manifest], wanted: Sequence[int] |
         spec = base.tensors[t]
         if not _averaged(recipe, spec, keys, problems):
             continue
+        if recipe.weights_of is not None and spec.name not in recipe.weights_of:
+            problems.setdefault("without weights in the recipe", []).append(spec.name)
         found = [_find(term, m, spec, problems) for term, m in zip(recipe.terms[:-1], manifests[:-1], strict=True)]
         if all(n is not None for n in found):
             sources[t] = (*(n for n in found if n is not None), t)

@@ -31,7 +31,7 @@ from ckpt.merge.weights import Floats
 from ckpt.offline.window import Part, Stream
 from ckpt.stored import ReadStats
 
-__all__ = ["Blend"]
+__all__ = ["Blend", "cores"]
 
 _AHEAD = 64 << 20  # bytes of one window of all checkpoints; the next one is read meanwhile
 _SHARE = 1 << 20  # bytes of each checkpoint that one thread combines at a time
@@ -51,8 +51,10 @@ class Blend:
 
     def __init__(self, recipe: Recipe, *, once: bool = False) -> None:
         self.recipe, self.stats = recipe, ReadStats()
+        self._same = recipe.weights[None, :]
+        self._limit = max(BLOCK, _AHEAD // len(recipe.terms) // BLOCK * BLOCK)
         self._mine = threading.local()
-        self._hands = ThreadPoolExecutor(_cores(), thread_name_prefix="ckpt-combine")
+        self._hands = ThreadPoolExecutor(cores(), thread_name_prefix="ckpt-combine")
         self._open: dict[str, Backend] = {}
         self.backends: list[Backend] = []
         self.commits: list[Commit] = []
@@ -100,25 +102,26 @@ class Blend:
 
     def averaged(self, boxes: Boxes, sources: Sources) -> Generator[Part, None, None]:
         """The average's content of boxes, (index of the tensor in `manifest`, box), of leaves that have sources."""
-        for window in self.weighed(boxes, sources, self.recipe.weights[None, :]):
+        for window in self.weighed(boxes, sources, None):
             for rows in window:
                 yield rows[0]
 
-    def weighed(self, boxes: Boxes, sources: Sources, weights: Floats) -> Iterator[list[list[Part]]]:
-        """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints.
+    def streams(self, boxes: Boxes, sources: Sources) -> list[Stream]:
+        """The content of boxes in each checkpoint: windows that are cut alike, 128 MiB for all together, and 4 MiB of scratch each."""
+        return [
+            Stream(b, c.folder, m, [(sources[t][k], box) for t, box in boxes], limit=self._limit)
+            for k, (b, c, m) in enumerate(zip(self.backends, self.commits, self.manifests, strict=True))
+        ]
+
+    def weighed(self, boxes: Boxes, sources: Sources, weights: Floats | None) -> Iterator[list[list[Part]]]:
+        """As `averaged`, for each row of `weights` (rows, terms), from one pass over the checkpoints. None: the recipe's own, one row.
 
         Yields windows: for each part of one the parts of all rows, valid until the next window is taken. Memory: 128 MiB for
         windows, 64 MiB times rows / terms, 4 MiB of scratch for each term, and that of `Room` for each thread.
         """
-        n = len(self.recipe.terms)
-        limit = max(BLOCK, _AHEAD // n // BLOCK * BLOCK)
-        streams = [
-            Stream(b, c.folder, m, [(sources[t][k], box) for t, box in boxes], limit=limit)
-            for k, (b, c, m) in enumerate(zip(self.backends, self.commits, self.manifests, strict=True))
-        ]
-        room = [
-            np.empty(min(limit, sum(map(_aligned, streams[-1].sizes))), dtype=np.uint8) for _ in range(len(weights))
-        ]
+        streams = self.streams(boxes, sources)
+        size = min(self._limit, sum(map(_aligned, streams[-1].sizes)))
+        room = [np.empty(size, dtype=np.uint8) for _ in range(1 if weights is None else len(weights))]
         try:
             for windows in zip(*streams, strict=True):
                 yield self._window(windows, boxes, weights, room)
@@ -126,7 +129,7 @@ class Blend:
             self._count(streams)
 
     def _window(
-        self, windows: Sequence[list[Part]], boxes: Boxes, weights: Floats, room: Sequence[Bytes]
+        self, windows: Sequence[list[Part]], boxes: Boxes, weights: Floats | None, room: Sequence[Bytes]
     ) -> list[list[Part]]:
         """One window of all checkpoints, combined into `room`, an array for each row of weights. Threads share the work in
         pieces, which does not show in the bits."""
@@ -151,9 +154,16 @@ class Blend:
             done.result()
         return out
 
-    def _combine_all(self, some: Sequence[tuple[Sequence[Bytes], int, Sequence[Bytes]]], weights: Floats) -> None:
+    def _combine_all(
+        self, some: Sequence[tuple[Sequence[Bytes], int, Sequence[Bytes]]], weights: Floats | None
+    ) -> None:
         for blocks, tensor, into in some:
-            self._combine(blocks, weights, tensor, into)
+            self._combine(blocks, self._own(tensor) if weights is None else weights, tensor, into)
+
+    def _own(self, tensor: int) -> Floats:
+        """The recipe's weights for a leaf, as one row."""
+        own = self.recipe.weights_of
+        return self._same if own is None else np.array([own[self.manifest.tensors[tensor].name]], dtype=np.float64)
 
     def _combine(self, blocks: Sequence[Bytes], weights: Floats, tensor: int, out: Sequence[Bytes]) -> None:
         spec = self.manifest.tensors[tensor]
@@ -185,7 +195,7 @@ class Blend:
         self.close()
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores of this host over its ranks, at most 4."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, min(4, len(os.sched_getaffinity(0)) // here))

@@ -20,6 +20,7 @@ __all__ = [
     "DECAYS",
     "FORMS",
     "MAX_CONDITION",
+    "delta",
     "ema",
     "ema_rates",
     "explicit",
@@ -83,6 +84,22 @@ def explicit(values: Sequence[float]) -> Floats:
     if out.ndim != 1 or not len(out) or not abs(total - 1) <= 1e-6:
         raise UsageError(f"weights add up to {total:.6g}, but have to add up to 1; thirds are written as 1/3")
     return out / total
+
+
+def delta(distances: npt.ArrayLike) -> Floats:
+    """Delta-guided weights of one leaf: w_i = d_i / (d_1 + ... + d_n), where d_i = ||theta_i - theta_0|| (L2, over the whole leaf)
+    is how far each of n checkpoints has moved it from theta_0, where fine-tuning began. 1/n each where none has moved it.
+
+    In the style of CoDiEmb, which weighs parameters by their deviation from where they began. Its own formula could not be read: this
+    one is named for what it computes.
+    """
+    d = np.array(distances, dtype=np.float64)
+    if d.ndim != 1 or not len(d) or not np.isfinite(d).all() or (d < 0).any():
+        raise UsageError(
+            "delta-guided weights need the distance of each checkpoint from the start: finite, and 0 or more"
+        )
+    total = math.fsum(d.tolist())
+    return d / total if total else uniform(len(d))
 
 
 def wsm(steps: Sequence[float], decay: Decay, start: float | None = None) -> Floats:

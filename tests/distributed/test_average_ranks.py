@@ -175,6 +175,34 @@ def test_under_mpiexec(run: Path, alone: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "dst") == content(alone)
 
 
+def test_delta_weights_do_not_depend_on_how_the_checkpoints_were_cut(quick: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The same three states, saved by one, two and three ranks: the same weights, and the same elements for all that write them."""
+    weights, contents = [], []
+    for world in WORLDS:
+        backend = ckpt.backends.LocalBackend(str(quick / f"delta-{world}"))
+
+        def save(group: Any, step: int, backend: Any = backend, world: int = world) -> Any:
+            whole = {k: v for k, v in state(step, group.rank, world).items() if k != "own"}
+            return save_state(Request(backend, step, 0, {}, ()), whole, group, Planner())
+
+        for step in range(3):
+            for result in Threads(world).run(lambda group, step=step: save(group, step)):
+                assert not isinstance(result, BaseException), result
+        recipe = average(backend.root, last=2, weights=f"delta:{backend.root}@0", moments="latest")
+        weights.append(recipe.weights_of)
+        results = Threads(world).run(
+            lambda group, r=recipe, w=world: materialise(r, tmp_path / f"dst-{w}", group=group, ranks=2)
+        )
+        assert all(isinstance(r, MergeReport) for r in results), results
+        with ckpt.open(tmp_path / f"dst-{world}") as c:
+            contents.append({name: c.tensors[name].raw().tobytes() for name in c.tensors})
+    assert weights[0] == weights[1] == weights[2]
+    assert contents[0] == contents[1] == contents[2]
+    far = [float((tensors(s)["w"].double() - tensors(0)["w"].double()).norm()) for s in (1, 2)]
+    assert weights[0] is not None
+    assert weights[0]["model.w"] == pytest.approx([f / sum(far) for f in far], rel=1e-12)
+
+
 def _net(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(33, 50), torch.nn.Linear(50, 7, bias=False))
@@ -190,7 +218,11 @@ def _sharded(rank: int, world: int, run: str, dst: str) -> dict[str, Any]:
     ckpt.load({"model": model}, recipe)
     report = ckpt.materialise(recipe, dst, ranks=3)
     assert (report.packs, report.terms) == (3, 3)
-    return {n: v.full_tensor() for n, v in model.state_dict().items()}
+    got = {n: v.full_tensor() for n, v in model.state_dict().items()}
+    delta = ckpt.average(run, last=2, weights=f"delta:{run}@0")
+    ckpt.load({"model": model}, delta)
+    ckpt.materialise(delta, f"{dst}-delta", ranks=3)
+    return got | {f"delta {n}": v.full_tensor() for n, v in model.state_dict().items()}
 
 
 def test_fsdp2_loads_a_recipe_and_all_ranks_write_it(pool: Any, tmp_path: Path) -> None:
@@ -199,8 +231,12 @@ def test_fsdp2_loads_a_recipe_and_all_ranks_write_it(pool: Any, tmp_path: Path) 
     recipe = average(tmp_path / "run", weights="0.7,-0.5,0.8")
     materialise(recipe, tmp_path / "alone", group=Solo(), ranks=3)
     results = pool.run(_sharded, str(tmp_path / "run"), str(tmp_path / "dst"), world=2)
+    delta = average(tmp_path / "run", last=2, weights=f"delta:{tmp_path}/run@0")
+    materialise(delta, tmp_path / "alone-delta", group=Solo(), ranks=3)
     assert content(tmp_path / "dst") == content(tmp_path / "alone")
-    with ckpt.open(tmp_path / "alone") as c:
+    assert content(tmp_path / "dst-delta") == content(tmp_path / "alone-delta")
+    with ckpt.open(tmp_path / "alone") as c, ckpt.open(tmp_path / "alone-delta") as d:
         for got in results:
             for name, value in got.items():
-                assert torch.equal(value, c.tensors[f"model.{name}"][:])
+                stored = (d if name.startswith("delta ") else c).tensors[f"model.{name.removeprefix('delta ')}"][:]
+                assert torch.equal(value, stored)
