@@ -32,30 +32,28 @@ def guided(
 ) -> Recipe:
     """A recipe that weighs the checkpoints `chosen` leaf by leaf, by their distance from what the ref `start` names.
 
-    Reads them and the start once, past the page cache where they are not in it, in 128 MiB of windows. Distances are L2, in float64, of
-    the whole leaf: sums over its 256 KiB, one after the other, so they are the same for every layout, and any number of threads. A leaf
-    that nobody has moved is the mean of equals. The recipe's `said` tells the start, by URL and the checksum of its manifest.
+    Reads them and the start once, past the page cache where they are not in it: 128 MiB of windows, and 4 MiB of scratch for each.
+    Distances are L2, in float64, over the whole leaf: the sums of each 256 KiB of it, added up in order, so they are the same for every
+    layout and any number of threads. A leaf that none has moved counts 1/n of each. The recipe's `said` tells the start, by URL and the
+    checksum of its manifest; what the recipe comes to does not need it any more.
 
     The moments of optimizers have no weights of their own, and do not get their parameters': "latest" or "reset".
 
     Raises UsageError (moments averaged), NotFoundError, MismatchError (leaves that do not fit, or that the start does not have; numbers
     that are not finite), IntegrityError or FormatError (a damaged checkpoint, or start).
     """
-    if not start or moments == "averaged":
-        raise UsageError(
-            f"weights 'delta:{start}': "
-            + ("the moments of optimizers have none; say moments latest or reset" if start else "name where it began")
-        )
+    if not start:
+        raise UsageError("weights 'delta:': name the ref where fine-tuning began, as in delta:RUN@0")
     backend, commit = resolve(start)
     backend.close()
     origin = Chosen(url_of(backend), commit)
     n = len(chosen)
     begun = recipe_of([origin], [1.0], "start").base
     said = {"start": {"ref": begun.ref, "step": begun.step, "manifest": begun.manifest}}
-    plan = recipe_of(
-        chosen, maths.uniform(n), f"delta:{begun.ref}", moments=moments, only=only, latest=latest, said=said
-    )
-    opened = replace(plan, moments="latest", terms=(replace(begun, weight=0.0), *plan.terms))
+    method = f"delta:{begun.ref}"
+    plan = recipe_of(chosen, maths.uniform(n), method, moments=moments, only=only, latest=latest, said=said)
+    plan = replace(plan, weights_of={})  # refuses, before anything is read, what goes with no weights of leaves
+    opened = replace(plan, moments="latest", weights_of=None, terms=(replace(begun, weight=0.0), *plan.terms))
     with Blend(opened, once=True) as blend:
         sources = _match(opened, blend)
         own = {blend.manifest.tensors[t].name: maths.delta(d) for t, d in _distances(blend, sources).items()}
@@ -91,7 +89,7 @@ def _distances(blend: Blend, sources: Sources) -> dict[int, Floats]:
         except NotFinite as e:
             raise _not_finite(blend, t, e) from None
 
-    with ThreadPoolExecutor(cores(), thread_name_prefix="ckpt-measure") as hands:
+    with np.errstate(over="ignore"), ThreadPoolExecutor(cores(), thread_name_prefix="ckpt-measure") as hands:
         for windows in zip(*blend.streams(boxes, sources), strict=True):
             pieces = [
                 (boxes[parts[0].index][0], [p.data[lo : lo + BLOCK] for p in parts])

@@ -90,7 +90,7 @@ def delta(distances: npt.ArrayLike) -> Floats:
     """Delta-guided weights of one leaf: w_i = d_i / (d_1 + ... + d_n), where d_i = ||theta_i - theta_0|| (L2, over the whole leaf)
     is how far each of n checkpoints has moved it from theta_0, where fine-tuning began. 1/n each where none has moved it.
 
-    In the style of CoDiEmb, which weighs parameters by their deviation from where they began. Its own formula could not be read: this
+    In the style of CoDiEmb, which is said to weigh parameters by their deviation from where they began. Its own formula could not be read: this
     one is named for what it computes.
     """
     d = np.array(distances, dtype=np.float64)

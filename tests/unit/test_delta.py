@@ -311,6 +311,12 @@ def test_not_a_number_is_told_of_leaf_and_checkpoint(tmp_path: Path, step: int) 
     ckpt.average(run, last=2, weights=f"delta:{run}@0", latest=["h"])
 
 
+def test_too_far_for_float64_is_told_of_the_leaf(tmp_path: Path) -> None:
+    run = saved(tmp_path / "run", *({"x": torch.full((65536,), x, dtype=torch.float64)} for x in (0.0, 6.3e151)))
+    with pytest.raises(ckpt.MismatchError, match="'x' is too far from the start"):  # each of its blocks alone is not
+        ckpt.average(run, last=1, weights=f"delta:{run}@0")
+
+
 def trained(step: int) -> State:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -323,8 +329,9 @@ def trained(step: int) -> State:
 def test_moments_have_no_weights(tmp_path: Path) -> None:
     run = saved(tmp_path / "run", trained(0), trained(1), trained(2))
     start = saved(tmp_path / "start", {"model": trained(0)["model"]})  # a start needs no optimizer
-    with pytest.raises(ckpt.UsageError, match="say moments latest or reset"):
-        ckpt.average(run, weights=f"delta:{start}", moments="averaged")
+    nothing = saved(tmp_path / "nothing", {"x": torch.ones(1)})
+    with pytest.raises(ckpt.UsageError, match="say moments latest or reset"):  # before it is looked into
+        ckpt.average(run, weights=f"delta:{nothing}", moments="averaged")
     undecided = ckpt.average(run, last=2, weights=f"delta:{start}")
     assert set(undecided.weights_of or ()) == {"model.weight", "model.bias"}
     with pytest.raises(ckpt.UsageError, match="say what becomes of it"):
@@ -344,7 +351,7 @@ def test_moments_have_no_weights(tmp_path: Path) -> None:
     ("weights", "error", "says"),
     [
         ("delta", ckpt.UsageError, "delta:START"),
-        ("delta:", ckpt.UsageError, "name where it began"),
+        ("delta:", ckpt.UsageError, "name the ref"),
         ("delta:{run}@soon", ckpt.UsageError, "soon"),
         ("delta:{run}@9", ckpt.NotFoundError, "step 9"),
     ],
