@@ -30,7 +30,7 @@ from safetensors.numpy import save as st_save
 from ckpt.config import settings
 from ckpt.errors import CkptError, DeadlineError, PeerError, from_wire, to_wire
 
-__all__ = ["Group", "Solo", "current_group", "decode", "encode"]
+__all__ = ["Group", "Solo", "current_group", "decode", "encode", "meeting_point"]
 
 Decide = Callable[[list[bytes]], Sequence[bytes] | bytes]
 
@@ -341,11 +341,18 @@ def _under_mpi() -> bool:
 
 
 _mpi: Group | None = None
+_mpi_host = ""
+
+
+def meeting_point() -> str:
+    """The host to which every other one of the job has a way: where its ranks meet."""
+    return _mpi_host or os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _mpi_group() -> Group:
-    """The MPI world, with a store of its own on MPI's rank 0: MPI only carries the address."""
-    global _mpi
+    """The MPI world, with a store of its own on MPI's rank 0: MPI only carries the address, which is CKPT_BIND or, without
+    it, the host's name."""
+    global _mpi, _mpi_host
     if _mpi is not None:
         return _mpi
     try:
@@ -363,7 +370,8 @@ def _mpi_group() -> Group:
     address = np.zeros(256, dtype=np.uint8)
     server = None
     if rank == 0:
-        host = "127.0.0.1" if comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world else socket.getfqdn()
+        one = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world
+        host = "127.0.0.1" if one else settings().bind or socket.getfqdn()
         server = TCPStore(host, 0, None, True, wait_for_workers=False)
         text = f"{host} {server.port}".encode()
         address[: len(text)] = np.frombuffer(text, dtype=np.uint8)
@@ -372,7 +380,7 @@ def _mpi_group() -> Group:
     comm.Bcast([address, MPI.BYTE], root=0)
     host, port = bytes(address).rstrip(b"\0").decode().split()
     store = server or TCPStore(host, int(port), None, False, wait_for_workers=False)
-    _mpi = _shared(store, rank, world)
+    _mpi, _mpi_host = _shared(store, rank, world), host
     return _mpi
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ckpt.collective import Group
+from ckpt.collective import Group, meeting_point
 from ckpt.config import settings
 from ckpt.errors import CkptError, NotFoundError, PeerError
 from ckpt.keeper.holding import ATTEMPT
@@ -204,10 +204,10 @@ def _pack_path(folder: str, rank: int) -> str:
 
 
 def own_address(bind: str) -> str:
-    """The address at which other hosts reach this one: as told, else of the interface that leads to the rendezvous."""
-    rendezvous = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    """The address at which other hosts reach this one: as told, else of the interface that leads to where ranks meet."""
     if bind:
         return bind
+    rendezvous = meeting_point()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect((rendezvous, 9))
