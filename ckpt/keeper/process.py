@@ -55,6 +55,7 @@ class Keeper:
         self.config, self.grace, self.clock = config, grace, time.monotonic
         self.loop = Loop(self._hear, self._gone)
         self.loop.listen(listener)
+        self._listener = listener
         self.vault = Vault()
         self.life: Life | None = None
         self.host = config.host or socket.gethostname()
@@ -98,6 +99,9 @@ class Keeper:
         self.tier.close()
         self._writing.close()
         self.vault.close()
+        for sock in (self._tcp, self._listener):  # a guest's process goes on: its name is free for another one
+            if sock is not None:
+                sock.close()
 
     def _over(self) -> bool:
         if self._writing.busy or self.seat.busy or self.averaging.busy:
@@ -372,8 +376,10 @@ class Keeper:
                 return
             if kind == "stored" and self.life is not None and not any(p.living for p in self.loop.peers):
                 self._writing.stored(order, self.life)
-                if "error" in order.head:
-                    self._untold.append(f"step {order['step']} was not written to storage: {order['error'][1]}")
+                why = order.head.get("error")
+                text = f"step {order['step']} was not written to storage: {why[1]}" if why else ""
+                if text and text not in self._untold:  # it is tried again and again
+                    self._untold.append(text)
             if kind == "stored":
                 self.tier.obey(order)
                 order = frame(kind, **order.head)

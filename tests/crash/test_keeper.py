@@ -7,6 +7,7 @@ passed; with the keeper dead too, nothing older than what it saw stored.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -36,7 +37,10 @@ from kills import check_listing, small_disk
 
 from ckpt.backends import LocalBackend
 from ckpt.commit import open_generation
+from ckpt.errors import PeerError
 from ckpt.events import Event, read_events
+from ckpt.keeper import seat
+from ckpt.keeper.link import _keep_here
 from ckpt.keeper.view import keepers_here
 
 NEVER = 1000
@@ -664,6 +668,42 @@ def _storage_gone(folder: str, back: bool) -> None:
 @pytest.mark.parametrize("back", [True, False])
 def test_storage_that_is_gone_for_a_while(fresh: Fresh, tmp_path: Path, back: bool) -> None:
     fresh(_storage_gone, str(tmp_path), back)
+
+
+def _told_once(folder: str) -> None:
+    with scene(folder) as run:
+        first, second = (Trainer(run, storage=4, opened=False) for _ in range(2))
+        failed: list[str] = []
+
+        class Ear(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                failed.extend([record.getMessage()] * ("was not written to storage" in record.getMessage()))
+
+        logging.getLogger("ckpt.keeper").addHandler(Ear())
+        seat._AGAIN = 0.05
+        _keep_here(keepers._name(run), PeerError("here it can be watched"))
+        first("open", 1, 4)
+        first("seal", 4)
+        first("quiet")
+        sealed = first("seal")[-1]
+        os.rename(run, f"{run}.away")
+        Path(run).write_text("not a folder")
+        first.kill()
+        until(lambda: len(failed) >= 4, "it is tried again and again")
+        second("open", 1, 4)
+        said = [text for text in second("heard") if "while no trainer was here" in text]
+        assert len(said) == 1 and f"step {sealed} was not written to storage" in said[0], said
+        os.unlink(run)
+        os.rename(f"{run}.away", run)
+        assert second("restore")[0] == sealed + 1
+        second("seal", 1)
+        assert second.finish()["failed"] == 0
+        nothing_left(run)
+
+
+def test_what_failed_again_and_again_is_told_once(fresh: Fresh, tmp_path: Path) -> None:
+    """To the next trainer, by a keeper whose storage was gone meanwhile; here one in a thread, with less patience."""
+    fresh(_told_once, str(tmp_path))
 
 
 # 9. No room.
