@@ -101,6 +101,8 @@ class _StoreGroup:
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self.may_hold_the_store = rank == 0 and type(store).__name__ == "TCPStore"
+        # Torch's server without libuv (USE_LIBUV=0) wakes nobody who waits for a key when that is compared and set.
+        self._sleeps_on = not getattr(store, "libuvBackend", True)
 
     def beside(self) -> _StoreGroup:
         """See `Group.beside`. A store's client does one thing at a time: the other thread needs one of its own."""
@@ -167,7 +169,10 @@ class _StoreGroup:
 
     def _settle(self, number: int, what: str, mine: bytes) -> bytes:
         """What was written there first, by whomever."""
-        return bytes(self._do("compare_set", self._key(number, what), b"", mine))
+        first = bytes(self._do("compare_set", self._key(number, what), b"", mine))
+        if self._sleeps_on and first == mine:
+            self._do("set", self._key(number, what), mine)
+        return first
 
     def linger(self) -> None:
         """Keeps a leader that is about to exit, and may take the store with it, until its last answer was read."""

@@ -328,6 +328,21 @@ def test_the_leader_lingers_until_it_was_heard() -> None:
     assert together(leader, follower)[0] is True
 
 
+@pytest.mark.parametrize("libuv", [True, False])
+def test_either_kind_of_torchs_store(monkeypatch: pytest.MonkeyPatch, libuv: bool) -> None:
+    """That without libuv does not wake who waits for a key that is compared and set."""
+    monkeypatch.setenv("CKPT_DEADLINE", "10")
+    server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, use_libuv=libuv)
+
+    def run(rank: int) -> list[bytes]:
+        store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False, use_libuv=libuv)
+        group = collective._StoreGroup(dist.PrefixStore("job", store), rank, 2)
+        return [_number(f"round {n}")(group) for n in range(30)]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, range(2))) == [[b"0+1"] * 30] * 2
+
+
 def test_a_store_that_is_gone() -> None:
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     group = collective._StoreGroup(dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False), 1, 2)
