@@ -47,7 +47,12 @@ class Threaded:
         self._last = self._last_local = time.monotonic()
         self._tiers = tiers
         self._trickle = (
-            Trickle(tiers.way, lambda *_: account.arrived(), lambda _, e: account.detained(e))
+            Trickle(
+                tiers.way,
+                lambda *_: account.arrived(),
+                lambda _, e: account.detained(e),
+                lambda: account.generation,
+            )
             if tiers and tiers.leads
             else None
         )

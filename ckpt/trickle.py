@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from ckpt.backends import Backend, Upload
 from ckpt.backends.base import Buffer, ReadsAhead
 from ckpt.catalog import Step, delete_tree, leftovers, list_run
-from ckpt.commit import exists
+from ckpt.commit import exists, refuse_superseded
 from ckpt.config import settings
 from ckpt.errors import (
     CkptError,
@@ -48,15 +48,28 @@ class _Stopped(Exception):
     """The process is about to end."""
 
 
+class _Superseded(Exception):
+    """Another job has begun a newer generation of the run: `why`, as is told to people."""
+
+    def __init__(self, generation: int, why: ConflictError) -> None:
+        super().__init__(str(why))
+        self.generation, self.why = generation, why
+
+
 class _Polite:
     """A backend whose every piece waits for its turn; what is read in order is asked for a window at a time, and not ahead of
-    that. The rest is as it is."""
+    that; a commit asks `may_commit` first, which raises if it may not be. The rest is as it is."""
 
-    def __init__(self, inner: Backend, turn: Callable[[], None]) -> None:
-        self._inner, self._turn, self.root = inner, turn, inner.root
+    def __init__(self, inner: Backend, turn: Callable[[], None], may_commit: Callable[[], None]) -> None:
+        self._inner, self._turn, self._may_commit, self.root = inner, turn, may_commit, inner.root
         self._window, self._held, self._size = ("", 0), bytearray(), 0
-        self.create, self.fetch, self.size = inner.create, inner.fetch, inner.size
+        self.fetch, self.size = inner.fetch, inner.size
         self.list, self.delete, self.close = inner.list, inner.delete, inner.close
+
+    def create(self, path: str, data: bytes) -> None:
+        if path.endswith("/commit.json"):
+            self._may_commit()
+        self._inner.create(path, data)
 
     def read(self, path: str, offset: int, into: Sequence[Buffer]) -> None:
         n = sum(len(b) for b in into)
@@ -90,10 +103,12 @@ class _PoliteUpload:
 
 
 class Trickle:
-    """What the policies of the remote would not keep there is not brought there, if something newer is.
+    """What the policies of the remote would not keep there is not brought there, if something newer is. Nothing is committed
+    there once another job has begun a newer generation than that which is trained here.
 
     arrived  told of every step that reached the remote, and the bytes that were sent
     failed   told of every failure
+    life     the generation that is being trained; 0: none, what is left of those that were is brought whoever trains now
     ended    told whenever it has nothing left to do for now
     """
 
@@ -102,10 +117,14 @@ class Trickle:
         way: Way,
         arrived: Callable[[Step, int], None],
         failed: Callable[[Step, Exception], None],
+        life: Callable[[], int],
         ended: Callable[[], None] = lambda: None,
         again: float = _AGAIN,
     ) -> None:
         self._way, self._arrived, self._failed, self._ended, self._again = way, arrived, failed, ended, again
+        self._life = life
+        self._superseded: _Superseded | None = None
+        self._refused: set[str] = set()  # steps that stay here for that
         self._changed = threading.Condition()
         self._asked = self._busy = self._over = False
         self._waiting = 0.0  # seconds until the next look at whether other hosts are done
@@ -172,6 +191,9 @@ class Trickle:
         """Brings what is due. Returns in how many seconds to try again, if anything is left."""
         again: float | None = None
         steps = self.pending()
+        if self._fenced(steps):
+            self._tidy()
+            return None
         for n, step in enumerate(steps):
             if n and not self._wanted(step):
                 self._settled(step)
@@ -179,6 +201,11 @@ class Trickle:
             began = time.monotonic()
             try:
                 sent, done = self._bring(step)
+            except _Superseded as e:
+                self._superseded = e
+                log.error("ckpt: what was saved on the local disk stays there, from %s on: %s", step.folder, e)
+                self._fenced(steps)
+                break
             except (StorageError, ConflictError, IntegrityError, FormatError, NotFoundError) as e:
                 if not self._hopeful(step, e):
                     self._failed(step, e)
@@ -205,8 +232,29 @@ class Trickle:
 
     def _bring(self, step: Step) -> tuple[int, bool]:
         way = self._way
-        remote = _Polite(way.remote, self._turn)
+        remote = _Polite(way.remote, self._turn, self._may_commit)
         return copy_step(way.local, remote, step.folder, self._look_up, elsewhere=not way.alone, gently=True)
+
+    def _may_commit(self) -> None:
+        generation = self._life()
+        try:
+            refuse_superseded(self._way.remote, generation)
+        except ConflictError as e:
+            raise _Superseded(generation, e) from None
+
+    def _fenced(self, steps: Sequence[Step]) -> bool:
+        """Whether another job was found to be the present while this life trained. That does not change: nothing is tried
+        before the next life begins. Each step is counted once."""
+        found = self._superseded
+        if found is None or self._life() not in (0, found.generation):
+            self._superseded = None
+            self._refused.clear()
+            return False
+        for step in steps:
+            if step.folder not in self._refused:
+                self._refused.add(step.folder)
+                self._failed(step, found.why)
+        return True
 
     def _hopeful(self, step: Step, e: CkptError) -> bool:
         """Whether a failure may pass. What is in the way of a step may go, as what somebody else brings; another commit of

@@ -211,7 +211,7 @@ class Keeper:
         if first:
             hosts = {int(rank): str(host) for rank, host in message["ranks"].items()}
             codecs = parse_codecs(message["codecs"])
-            local = self.tier.begin(message.head.get("local"), str(message["run"]), first)
+            local = self.tier.begin(message.head.get("local"), str(message["run"]), generation, first)
             self.life = Life(generation, int(message["world"]), str(message["run"]), codecs, hosts, local)
             self._granted.clear()
             if message["redundancy"] is None:  # nobody will say that the life has begun
@@ -227,7 +227,7 @@ class Keeper:
         self.vault.put(peer.rank, message["new"], message.fds, replace=True)
         peer.living, peer.ready = True, -1
         if not first:
-            self.tier.begin(message.head.get("local"), str(message["run"]), first)
+            self.tier.begin(message.head.get("local"), str(message["run"]), generation, first)
             self.uplink.tell(frame("slots", slots=slots, extents=message["extents"]))
         return frame("answer")
 
@@ -313,6 +313,8 @@ class Keeper:
         """If no trainer is left."""
         if any(p.rank >= 0 for p in self.loop.peers):
             return
+        if not closed:
+            self.tier.orphaned()
         if closed or not self.vault.held:
             self._ending = True
             return

@@ -44,12 +44,13 @@ class Tier:
         self._loop, self._config, self._work, self._tell = loop, config, work, tell
         self._way: Way | None = None
         self._trickle: Trickle | None = None
+        self._generation = 0  # that is being trained on this host
         self._sharing = 0  # steps whose commit is on its way to the folder
         self._until: float | None = None
 
-    def begin(self, told: Mapping[str, Any] | None, run: str, first: bool) -> str:
+    def begin(self, told: Mapping[str, Any] | None, run: str, generation: int, first: bool) -> str:
         """A life begins, or another trainer joins it. The folder of the local tier, "" if there is none."""
-        self._until = None
+        self._until, self._generation = None, generation
         if told is None:
             return ""
         path, known = str(told["path"]), self._way
@@ -67,9 +68,14 @@ class Tier:
             known.keep, known.remote_keep, known.alone = keep, remote_keep, bool(told["alone"])
         if told["leads"] and self._trickle is None:
             assert self._way is not None
-            self._trickle = Trickle(self._way, self._arrived, self._detained, lambda: self._loop.later(lambda: None))
+            life, ended = (lambda: self._generation), (lambda: self._loop.later(lambda: None))
+            self._trickle = Trickle(self._way, self._arrived, self._detained, life, ended)
         self._wake()
         return path
+
+    def orphaned(self) -> None:
+        """No trainer is left. A job that goes on from what is here has begun its generation by the time this is brought."""
+        self._generation = 0
 
     def backend(self, held: Held, attempt: str) -> Backend:
         """Where this host's packs of a step go. What an attempt that failed left of them is removed: the claim of an attempt

@@ -234,3 +234,57 @@ def _two_hosts(folder: str) -> None:
 
 def test_two_hosts(fresh: Fresh, tmp_path: Path) -> None:
     fresh(_two_hosts, str(tmp_path))
+
+
+def _there(run: str) -> list[str]:
+    """What is committed in the run, by folder."""
+    return sorted(s.folder for s in list_run(LocalBackend(run)).committed)
+
+
+def _two_jobs_that_cannot_meet(folder: str) -> None:
+    """The older one still saves on its disk, from where nothing reaches the run, also not when its trainer is dead."""
+    with scene(folder, grace=2.0) as run:
+        t = Trainer(run, near=2)
+        t("restore")
+        _each(t, 4)
+        assert _there(run) == ["step-00000003.g0001"]
+        other = Trainer(run, env={"CKPT_HOST": "elsewhere"}, near=2)
+        assert other("restore") == (4, "storage")
+        _each(t, 8)
+        report = t("report")
+        assert report["failed"] == 0 and report["arrived"] == 1 and report["detained"] == 2, report
+        assert report["last_error"].startswith("conflict: generation 2 of "), report
+        assert _steps(f"{run}.disk")[-1] == 11 and len(_due(f"{run}.disk")) == 2
+        _each(other, 4)
+        t("seal", 1)  # which its keeper will save
+        t.kill()
+        last = other("train", 1)
+        assert other.finish()["last_step"] == last
+        nothing_left(run)
+        assert _there(run) == ["step-00000003.g0001", "step-00000007.g0002", f"step-{last:08d}.g0002"]
+        check_stored(run, last)
+
+
+def test_the_older_of_two_jobs_that_cannot_meet_brings_nothing(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_two_jobs_that_cannot_meet, str(tmp_path))
+
+
+def _restarted_elsewhere(folder: str) -> None:
+    """A job that died is restarted on another host before its keeper is done: what it had is brought all the same."""
+    with scene(folder, grace=2.0) as run:
+        t = Trainer(run, near=1000, storage=1000)
+        t("restore")
+        t("seal", 2)
+        keeper = keepers.keeper(run)
+        os.kill(keeper, signal.SIGSTOP)
+        t.kill()
+        other = Trainer(run, env={"CKPT_HOST": "elsewhere"}, near=1000, storage=1000)
+        assert other("restore") == (0, "nothing")
+        os.kill(keeper, signal.SIGCONT)
+        until(lambda: f"step-{seen(run, 'sealed'):08d}.g0001" in _there(run), "it is brought")
+        other.finish()
+        nothing_left(run)
+
+
+def test_what_a_job_had_that_was_restarted_elsewhere_is_brought(fresh: Fresh, tmp_path: Path) -> None:
+    fresh(_restarted_elsewhere, str(tmp_path))

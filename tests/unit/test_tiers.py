@@ -122,6 +122,30 @@ def test_a_remote_that_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert cp.close().arrived == 4
 
 
+def test_the_older_of_two_jobs_brings_nothing_to_the_remote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One look before each commit; once it found a newer generation none, until this job begins one."""
+    older = job(tmp_path)
+    older.restore()
+    store = away(older)
+    store.faults.clear()
+    train(older, 0, 4)
+    assert steps(tmp_path / "run") == [1, 3]
+    looks = [call for call in store.calls if "gen-" in call[1]]
+    assert looks == [("fetch", "gen-0002.json")] * 2
+    newer = job(tmp_path, local=tmp_path / "other")
+    assert newer.restore() == 4
+    train(older, 4, 8)
+    assert older.report.detained == 2 and older.report.arrived == 2 and older.report.failed == 0
+    assert caplog.text.count("stays there, from step-00000005.g0001 on: generation 2 of") == 1
+    assert steps(tmp_path / "run") == [1, 3] and steps(tmp_path / "disk") == [5, 6, 7]
+    assert len([call for call in store.calls if "gen-" in call[1]]) == 3, "it is not asked again"
+    train(newer, 4, 6)
+    assert steps(tmp_path / "run") == [1, 3, 5]
+    assert older.restore() == 6 and same(older, 5)
+    train(older, 6, 8)
+    assert older.report.arrived >= 3 and (tmp_path / "run" / "step-00000007.g0003" / "commit.json").exists()
+
+
 def test_what_the_remote_would_not_keep_is_not_brought_after_something_newer(tmp_path: Path) -> None:
     cp = job(tmp_path, keep=[KeepLast(2)])
     cp.restore()
