@@ -205,10 +205,11 @@ def copy_step(
             raise IntegrityError(f"{problems[0]}; check the source with `ckpt verify {source.root}/{folder}`")
         if elsewhere:
             _receipt(target, path)
-    if not all(_arrived(target, path) for path in absent):
-        return sent, _same(source, target, folder)
-    _once(source, target, f"{folder}/commit.json")
-    if elsewhere:
+    if all(_arrived(target, path) for path in absent):
+        _once(source, target, f"{folder}/commit.json")
+    elif not _same(source, target, folder):
+        return sent, False
+    if elsewhere:  # also those that were written here after somebody else had committed
         for p in range(len(there.manifest.packs)):
             with suppress(StorageError):  # what is left of them is litter
                 target.delete(f"{folder}/{there.manifest.pack_path(p)}{_ARRIVED}")

@@ -14,6 +14,7 @@ import ckpt
 from ckpt.backends import LocalBackend
 from ckpt.backends.faulty import Fault, FaultyBackend
 from ckpt.catalog import list_run
+from ckpt.offline.copy import copy_step
 
 LENGTH = 40_000
 
@@ -66,6 +67,28 @@ def _packs(folder: Path) -> list[list[str]]:
 
 
 HOSTS = [0, 0, 1, 1]
+
+
+class _Meanwhile(FaultyBackend):
+    """The first look for a receipt comes after another host has done the rest."""
+
+    def size(self, path: str) -> int:
+        other, self.other = (self.other, None) if path.endswith(".arrived") else (None, self.other)
+        if other is not None:
+            assert copy_step(other, self.inner, path.partition("/")[0], elsewhere=True)[1]
+        return self.inner.size(path)
+
+
+def test_no_receipt_is_left_where_another_host_commits_meanwhile(pool: Pool, tmp_path: Path) -> None:
+    pool.run(_job, str(tmp_path), [0, 1], 2, False, world=2)
+    disks = [LocalBackend(str(tmp_path / f"disk{n}")) for n in (0, 1)]
+    folder = list_run(disks[0]).committed[0].folder
+    target = LocalBackend(str(tmp_path / "copy"))
+    assert copy_step(disks[1], target, folder, elsewhere=True)[1] is False
+    meanwhile = _Meanwhile(target)
+    meanwhile.other = disks[0]
+    assert copy_step(disks[1], meanwhile, folder, elsewhere=True)[1] is True
+    assert meanwhile.other is None and not list((tmp_path / "copy").rglob("*.arrived"))
 
 
 def test_two_hosts_bring_their_packs(pool: Pool, tmp_path: Path) -> None:
