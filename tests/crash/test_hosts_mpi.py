@@ -101,6 +101,7 @@ def _give_up_privileges() -> None:
 def _restarted(folder: str, privileged: bool) -> None:
     if not privileged:
         _give_up_privileges()
+    shared = set(Path("/dev/shm").glob("mpich_shm_*"))
     with scene(folder) as run, Hosts(3) as hosts:
         assert privileged or "not to be had here" in hosts.why
         first, second = f"{folder}/first", f"{folder}/second"
@@ -118,6 +119,8 @@ def _restarted(folder: str, privileged: bool) -> None:
         for n in (1, 2):
             until(lambda n=n: len(hosts.pids(n)) == 1, "mpiexec takes down its ranks, and leaves the keepers")
             assert keepers[n] >= set(hosts.pids(n)), "the keeper is the one that was there"
+        for left in set(Path("/dev/shm").glob("mpich_shm_*")) - shared:  # by ranks that were killed
+            left.unlink(missing_ok=True)
         safe = max(int(step) for steps in _heard(first, 3, "protected") for step in steps)
         last = max(int(step) for steps in _heard(first, 3, "at") for step in steps)
         job = _mpiexec(hosts, [2, 1], run, second)
