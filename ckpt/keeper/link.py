@@ -26,6 +26,7 @@ __all__ = ["Link", "keeper_name"]
 
 log = logging.getLogger("ckpt")
 _SEND = 30.0  # seconds after which a keeper that reads nothing counts as gone
+_LAST_WORDS = 5.0  # seconds in which what it said before it hung up is read
 
 
 def keeper_name(run: str, job: str, host: str) -> str:
@@ -62,7 +63,10 @@ class Link:
         number, answer = next(self._numbers), Future[Frame]()
         self._asked[number] = answer
         try:
-            self.tell(kind, payload, fds, id=number, **head)
+            try:
+                self.tell(kind, payload, fds, id=number, **head)
+            except PeerError as e:
+                raise self._last_words(answer) or e from None
             return answer.result(timeout)
         except TimeoutError as e:
             if isinstance(e, CkptError):
@@ -70,6 +74,14 @@ class Link:
             raise DeadlineError(f"the keeper did not answer {kind!r} within {timeout:.0f} s; is it stopped?") from None
         finally:
             self._asked.pop(number, None)
+
+    def _last_words(self, answer: Future[Frame]) -> BaseException | None:
+        """What a keeper that hung up in the middle of a question had to say before, if anything."""
+        if self.lost is not None:
+            return self.lost
+        with suppress(TimeoutError):
+            return answer.exception(_LAST_WORDS)
+        return None
 
     def tell(self, kind: str, payload: bytes = b"", fds: Sequence[int] = (), **head: Any) -> None:
         """Sends a frame. Raises PeerError if the keeper is gone."""
