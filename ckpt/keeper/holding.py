@@ -198,17 +198,18 @@ def commit_held(
     reports: Mapping[int, PackReport | None],
     attempt: str,
     writer: str,
-    alive: bool,
+    trained: int | None,
 ) -> Commit:
     """The commit of packs that are all in storage. On failure before it is published nothing of the attempt is left.
 
-    `alive`: of a life that goes on; ConflictError if another job has begun a newer one.
+    `trained`: the generation that is being trained here, which may have inherited the step; ConflictError if another job has
+    begun a newer one. None: nobody trains, and what is left of those who did is stored whoever trains now.
     """
     publishing: list[bool] = []
     try:
         faults.point("keeper commit")
-        if alive:
-            refuse_superseded(backend, held.generation)
+        if trained is not None:
+            refuse_superseded(backend, trained)
         ordered = [reports[rank] for rank in sorted(held.parts)]
         return _commit(backend, held, codecs, ordered, attempt, writer, lambda: publishing.append(True))
     except BaseException as e:

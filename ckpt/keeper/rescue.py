@@ -153,7 +153,7 @@ def rescue(wreck: Wreck, key: Key | None = None) -> Commit | None:
     except BaseException as e:
         drop_attempt(wreck.backend, held.folder, attempt, whole=isinstance(e, CkptError))
         raise
-    commit = commit_held(wreck.backend, held, wreck.codecs, reports, attempt, writer, alive=False)
+    commit = commit_held(wreck.backend, held, wreck.codecs, reports, attempt, writer, None)
     log.warning("%s was written to storage for a job that lost hosts (%d parts decoded)", held.folder, len(step.lost))
     return commit
 

@@ -344,10 +344,11 @@ class Seat:
         if save.waiting:
             return
         save.written = self.clock()
-        life, alive = save.life, save.life is self.life and not self.deserted
+        life = save.life
+        trained = life.generation if life is self.life and not self.deserted else None
 
         def publish() -> tuple[Commit, Frame | None]:
-            done = commit_held(save.backend, save.held, life.codecs, save.reports, save.attempt, save.writer, alive)
+            done = commit_held(save.backend, save.held, life.codecs, save.reports, save.attempt, save.writer, trained)
             share = save.local and len(set(save.held.hosts.values())) > 1
             return done, commit_to_share(save.backend, done) if share else None
 
