@@ -2,7 +2,7 @@
 
 One save at a time: it holds the process's one slot from its first copied byte to its commit. The main thread agrees
 with the other ranks and copies what may change at any moment; a second thread copies the rest, behind the fence; a
-third writes, and agrees on the commit over a channel of its own, never over the user's process group.
+third writes what is copied already, and agrees on the commit over a channel of its own, never over the user's process group.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,12 +128,12 @@ def begin_save(
         raise DeadlineError(f"step {here.last.step} is still being saved after {settings().deadline:.0f} s")
     agreed = agree(request, state, group, planner)
     handle = here.last = SaveHandle(request.step)
-    taken: _Taken | Exception
+    taken: _Taken | Exception | None
     try:
         taken = _take(here, state, agreed, prepare(planner, agreed.assignment, agreed.leaves, ()))
     except Exception as e:
         taken = e  # the others wait for this rank's part in the commit
-    if isinstance(taken, _Taken) and taken.snapshot is not None:
+    if isinstance(taken, _Taken):
         handle.follow(taken.snapshot.copied)
     try:
         here.saving.submit(_finish, handle, agreed, taken, request.codecs, own, after)
@@ -145,17 +145,23 @@ def begin_save(
 
 @dataclass(frozen=True)
 class _Taken:
-    """A snapshot under way and the work it is made from; no snapshot on a rank that has nothing to write."""
+    """A snapshot under way, the work it is made from, and what it will be once it is sealed."""
 
     work: Work
-    snapshot: Snapshot | None
-    rest: Any  # the future of the lazy copies
+    snapshot: Snapshot
+    progress: _Progress
+    sealed: Future[PackReport]
+
+    def await_bytes(self, end: int) -> None:
+        """See `write_buffer`."""
+        if not self.progress.wait(end):
+            self.sealed.result()  # raises why
 
 
-def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
-    """Copies what has no fence, and starts copying the rest."""
+def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken | None:
+    """Copies what has no fence, and starts copying the rest. None on a rank that has nothing to write."""
     if not work.pieces:
-        return _Taken(work, None, None)
+        return None
     config = settings()
     optimizers = [v for _, v, _, _ in walk(state) if isinstance(v, torch.optim.Optimizer)]
     fence = fence_here()
@@ -166,9 +172,53 @@ def _take(here: _Process, state: Any, agreed: Agreed, work: Work) -> _Taken:
     lazy = [view.untyped_storage().data_ptr() in owned for view in views]
     slot = here.slot_of(work.layout.size)
     snapshot = Snapshot(work.layout, sources_of(agreed.leaves, work), lazy, slot.buffer, checked=config.check_copies)
-    rest = here.copying.submit(snapshot.copy_rest, pace(config))
+    progress = _Progress()
+    sealed = here.copying.submit(_copy, snapshot, pace(config), progress)
     fence.put(snapshot.copied, snapshot.give_up)  # only now: without a thread nobody would ever lift it
-    return _Taken(work, snapshot, rest)
+    return _Taken(work, snapshot, progress, sealed)
+
+
+class _Progress:
+    """How far the copying thread is, for the one that writes what is copied."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._at = self._wanted = 0
+        self._over = False
+
+    def reach(self, at: int) -> None:
+        self._at = at
+        if at >= self._wanted:  # the other one is woken for a chunk of the file, not for each that is copied
+            with self._moved:
+                self._moved.notify()
+
+    def end(self) -> None:
+        with self._moved:
+            self._over = True
+            self._moved.notify()
+
+    def wait(self, at: int) -> bool:
+        """Whether it got there, once it has or it went no further."""
+        with self._moved:
+            self._wanted = at
+            self._moved.wait_for(lambda: self._at >= at or self._over)
+            return self._at >= at
+
+
+def _copy(snapshot: Snapshot, paced: Callable[[int], None], progress: _Progress) -> PackReport:
+    """The lazy copies and the seal, in the copying thread."""
+
+    def told(n: int) -> None:
+        progress.reach(snapshot.final)
+        paced(n)
+
+    try:
+        snapshot.copy_rest(told)
+        report = snapshot.seal()
+        progress.reach(snapshot.final)
+        return report
+    finally:
+        progress.end()
 
 
 def pace(config: Settings) -> Callable[[int], None]:
@@ -188,7 +238,7 @@ def pace(config: Settings) -> Callable[[int], None]:
 def _finish(
     handle: SaveHandle,
     agreed: Agreed,
-    taken: _Taken | Exception,
+    taken: _Taken | Exception | None,
     codecs: Sequence[tuple[str, Codec]],
     group: Group,
     after: Callable[[SaveReport | Exception], None] | None,
@@ -201,9 +251,8 @@ def _finish(
         try:
             if isinstance(taken, Exception):
                 raise taken
-            if taken.snapshot is not None:
-                taken.rest.result()
-                report = _persist(agreed, taken.work, taken.snapshot, codecs, group)
+            if taken is not None:
+                report = _persist(agreed, taken, codecs, group)
             payload = encode_report(report)
         except Exception as e:
             payload = e
@@ -223,18 +272,17 @@ def _finish(
     handle.end(outcome)
 
 
-def _persist(
-    agreed: Agreed, work: Work, snapshot: Snapshot, codecs: Sequence[tuple[str, Codec]], group: Group
-) -> PackReport:
-    """Slot -> storage: as it is, or laid out anew where a codec applies."""
-    sealed, backend, path = snapshot.seal(), agreed.lead.backend, agreed.path(group.rank)
-    config = settings()
-    pieces = [replace(p, codec=choose_codec(p.tensor.name, codecs)) for p in work.pieces]
+def _persist(agreed: Agreed, taken: _Taken, codecs: Sequence[tuple[str, Codec]], group: Group) -> PackReport:
+    """Slot -> storage: as it is, while it is being copied; or laid out anew, after that, where a codec applies."""
+    backend, path, config = agreed.lead.backend, agreed.path(group.rank), settings()
+    pieces = [replace(p, codec=choose_codec(p.tensor.name, codecs)) for p in taken.work.pieces]
     if any(p.codec for p in pieces):
-        return write_pack(backend, path, pieces, list(_stored(snapshot, len(pieces))), ring(config))
+        taken.sealed.result()
+        return write_pack(backend, path, pieces, list(_stored(taken.snapshot, len(pieces))), ring(config))
     with ThreadPoolExecutor(config.writers, "ckpt-write") as threads:  # the slot is its buffer: it needs no ring
-        write_buffer(backend, path, snapshot.buffer, threads, config.buffer_mib << 20)
-    return sealed
+        chunk, pack = config.buffer_mib << 20, taken.snapshot.buffer
+        write_buffer(backend, path, pack, threads, chunk, await_bytes=taken.await_bytes)
+    return taken.sealed.result()
 
 
 def _stored(snapshot: Snapshot, n: int) -> Iterator[Source]:

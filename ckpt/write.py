@@ -21,7 +21,7 @@ from ckpt.backends import Backend, Upload
 from ckpt.collective import decode, encode
 from ckpt.config import Settings
 from ckpt.format.codec import BLOCK, crc32c
-from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
+from ckpt.format.pack import PackLayout, Piece, layout_pack
 
 __all__ = [
     "PackReport",
@@ -124,7 +124,7 @@ def write_pack(
             stream.send()
             if layout.entry == 8:
                 layout = layout_pack(pieces, lengths)
-            header = pack_header(layout)  # while the last buffers are on their way
+            header = layout.header  # while the last buffers are on their way
         finally:
             stream.drain()
         upload.write(0, memoryview(header))
@@ -160,9 +160,12 @@ def write_buffer(
     threads: ThreadPoolExecutor,
     chunk: int,
     check: Callable[[int, int], None] | None = None,
+    await_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a pack that is complete in memory durably, in chunks of `chunk` bytes (whole pages), in parallel. Of each,
-    `check(start, end)` is called before it is written, and raises if the bytes are not what they should be.
+    """Writes a pack in memory durably, in chunks of `chunk` bytes (whole pages), in parallel, the first one last. Of each,
+    `check(start, end)` is called before it is written, and raises if the bytes are not what they should be. Where the
+    pack is still being made, `await_bytes(end)` returns when it is complete up to there, but for the header, and
+    with `end` = len(pack) altogether; or raises why it never will be.
 
     On any failure, of any thread, nothing is left and the error is raised.
     """
@@ -182,7 +185,10 @@ def write_buffer(
             raise
 
     try:
-        parts += [threads.submit(write, at) for at in range(0, len(pack), chunk)]
+        for at in [*range(chunk, len(pack), chunk), 0]:
+            if await_bytes is not None:
+                await_bytes(min(at + chunk, len(pack)) if at else len(pack))
+            parts.append(threads.submit(write, at))
         wait(parts)
         for part in parts:
             part.result()

@@ -15,6 +15,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ckpt.format.codec import BLOCK, Codec, n_blocks
 from ckpt.format.dtypes import dtype
 from ckpt.format.fragment import Box
 
-__all__ = ["ALIGN", "MAX_HEADER", "TABLE", "PackLayout", "Piece", "TensorSpec", "layout_pack", "pack_header"]
+__all__ = ["ALIGN", "MAX_HEADER", "TABLE", "PackLayout", "Piece", "TensorSpec", "layout_pack"]
 
 ALIGN = 4096
 TABLE = "ckpt.blocks"
@@ -77,7 +78,7 @@ class Piece:
         return self.tensor.key if plain else f"{self.tensor.key}{self.box}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackLayout:
     """Where everything in a pack goes. Offsets are bytes from the start of the file.
 
@@ -96,6 +97,16 @@ class PackLayout:
     data_start: int
     table_offset: int
     size: int
+
+    @cached_property
+    def header(self) -> bytes:
+        """The first `data_start` bytes of the file."""
+        body = _header_json(self.pieces, self.length.tolist(), self.n_blocks, self.entry)
+        if 8 + len(body) > self.data_start:
+            raise FormatError(
+                f"pack header grew to {len(body)} bytes; a codec expanded its input by more than a quarter"
+            )
+        return struct.pack("<Q", self.data_start - 8) + body.ljust(self.data_start - 8)
 
 
 def _file_order(item: tuple[int, Piece]) -> tuple[bool, int, int, str, Box]:
@@ -140,14 +151,6 @@ def layout_pack(pieces: Sequence[Piece], stored: Sequence[int] | None = None) ->
         table_offset=table,
         size=table + total_blocks * entry,
     )
-
-
-def pack_header(layout: PackLayout) -> bytes:
-    """The first `data_start` bytes of the file."""
-    body = _header_json(layout.pieces, layout.length.tolist(), layout.n_blocks, layout.entry)
-    if 8 + len(body) > layout.data_start:
-        raise FormatError(f"pack header grew to {len(body)} bytes; a codec expanded its input by more than a quarter")
-    return struct.pack("<Q", layout.data_start - 8) + body.ljust(layout.data_start - 8)
 
 
 def _header_json(pieces: Sequence[Piece], lengths: Sequence[int], blocks: int, entry: int) -> bytes:

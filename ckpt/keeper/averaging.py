@@ -25,7 +25,7 @@ from ckpt import faults
 from ckpt.errors import CkptError, IntegrityError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.dtypes import dtype
-from ckpt.format.pack import PackLayout, Piece, layout_pack, pack_header
+from ckpt.format.pack import PackLayout, Piece, layout_pack
 from ckpt.keeper.averaged import decode_progress, encode_progress, pack_start
 from ckpt.keeper.holding import Memory, pieces_of
 from ckpt.keeper.protocol import Frame, frame
@@ -79,7 +79,7 @@ def cut_of(plan: Plan, world: int, rank: int, averages: Sequence[str], masters: 
         at.setdefault(own[leaf, piece.box], {})[average] = k, int(layout.offset[k])
     kinds = [plan.tensors[t].dtype for t in plan.tensor[plan.rows(rank)].tolist()]
     work = tuple((n, kinds[n], tuple(places[a] for a in averages)) for n, places in sorted(at.items()))
-    return _Cut(tuple(averages), layout, pack_header(layout), work)
+    return _Cut(tuple(averages), layout, layout.header, work)
 
 
 def _split(piece: Piece, averages: Sequence[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ckpt.errors import DeadlineError, IntegrityError
 from ckpt.format.codec import BLOCK, crc32c
-from ckpt.format.pack import PackLayout, pack_header
+from ckpt.format.pack import PackLayout
 from ckpt.write import PackReport, Source, pack_report
 
 __all__ = ["Snapshot"]
@@ -23,9 +23,10 @@ _CHUNK = 1 << 20  # several blocks, checked while they are in cache
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one fragment goes: `into` is its part of the slot, `first` its first block."""
+    """Where one fragment goes: `into` is its part of the slot, from `at` on, `first` its first block."""
 
     source: Source
+    at: int
     into: Bytes
     first: int
 
@@ -38,6 +39,8 @@ class Snapshot:
     lazy     for each source, whether it stays as it is until the fence falls
     checked  hash the last block of every lazy source now, and see that this is what is copied later
     and_then  called once everything is copied and before the sources may change
+
+    `final`: so many bytes from the start are as they will be stored, but for the header, which is the last to be written.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Snapshot:
         and_then: Callable[[], None] | None = None,
     ) -> None:
         self.layout, self.buffer = layout, buffer[: layout.size]
-        self.copied = threading.Event()
+        self.copied, self.final = threading.Event(), 0
         self._table = np.zeros(layout.n_blocks, dtype="<u4")
         self._sources, self._and_then = sources, and_then
         self._given_up = False
@@ -69,7 +72,7 @@ class Snapshot:
     def _place(self, k: int) -> _Place:
         """Of the k-th fragment of the layout."""
         source, at = self._sources[self.layout.order[k]], int(self.layout.offset[k])
-        return _Place(source, self.buffer[at : at + source.nbytes], int(self.layout.block[k]))
+        return _Place(source, at, self.buffer[at : at + source.nbytes], int(self.layout.block[k]))
 
     def copy_rest(self, paced: Callable[[int], None]) -> None:
         """Copies what was left for later; `paced` is told the bytes of each chunk and may wait.
@@ -109,6 +112,7 @@ class Snapshot:
                 self._table[row] = crc32c(chunk[b : b + BLOCK])
                 row += 1
             if paced is not None:
+                self.final = place.at + at + len(chunk)
                 paced(len(chunk))
 
     def give_up(self) -> None:
@@ -117,10 +121,11 @@ class Snapshot:
 
     def seal(self) -> PackReport:
         """Header and block table: the buffer then holds the pack as any medium would."""
-        header = pack_header(self.layout)
+        header = self.layout.header
         table = self._table.view(np.uint8)
         self.buffer[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         self.buffer[self.layout.table_offset :] = table
+        self.final = self.layout.size
         return pack_report(self.layout, header, table)
 
     def fragment(self, index: int) -> Bytes:

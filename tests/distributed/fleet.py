@@ -25,7 +25,7 @@ from ckpt.config import ErasureCode, Replicas
 from ckpt.errors import CkptError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.fragment import Box
-from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack, pack_header
+from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack
 from ckpt.keeper.groups import Placement
 from ckpt.keeper.holding import encode_plan
 from ckpt.keeper.link import Link, keeper_name
@@ -58,7 +58,7 @@ def noise(key: Key, rank: int, nbytes: int) -> Bytes:
 
 def fill(out: Bytes, layout: PackLayout, data: Bytes) -> tuple[bytes, Bytes]:
     """Makes a pack of one tensor; its header and block table."""
-    at, header = int(layout.offset[0]), pack_header(layout)
+    at, header = int(layout.offset[0]), layout.header
     table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)], dtype="<u4").view(np.uint8)
     out[: len(header)] = np.frombuffer(header, dtype=np.uint8)
     out[at : at + len(data)] = data

@@ -13,7 +13,7 @@ from ckpt.format.codec import BLOCK, Codec, crc32c
 from ckpt.format.dtypes import DTYPES, dtype
 from ckpt.format.fragment import Box, whole
 from ckpt.format.manifest import Manifest, ObjectEntry, Packs, build_manifest
-from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack, pack_header
+from ckpt.format.pack import PackLayout, Piece, TensorSpec, layout_pack
 
 CODECS = [Codec.of("zstd"), Codec.of({"id": "blosc", "cname": "lz4", "shuffle": 2}), Codec.of("lz4")]
 
@@ -78,7 +78,7 @@ def write(pieces: Sequence[Piece]) -> tuple[PackLayout, bytes]:
         stored.append(b"".join(blocks))
         table += [[crc32c(b), len(b)][: layout.entry // 4] for b in blocks]
     layout = layout_pack(pieces, [len(s) for s in stored])
-    data = pack_header(layout) + b"".join(stored) + np.array(table, dtype="<u4").tobytes()
+    data = layout.header + b"".join(stored) + np.array(table, dtype="<u4").tobytes()
     assert len(data) == layout.size
     return layout, data
 

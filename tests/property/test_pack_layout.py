@@ -20,7 +20,7 @@ from ckpt.errors import FormatError
 from ckpt.format.codec import BLOCK, crc32c, n_blocks
 from ckpt.format.dtypes import DTYPES, dtype
 from ckpt.format.fragment import Box, whole
-from ckpt.format.pack import ALIGN, TABLE, PackLayout, Piece, TensorSpec, layout_pack, pack_header
+from ckpt.format.pack import ALIGN, TABLE, PackLayout, Piece, TensorSpec, layout_pack
 
 CHECK = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -60,7 +60,7 @@ def check_layout(pieces: list[Piece], layout: PackLayout, data: bytes) -> None:
     assert sorted(layout.order.tolist()) == list(range(len(pieces)))
     assert [pieces[i] for i in layout.order.tolist()] == list(layout.pieces)
     assert layout.data_start % ALIGN == 0 and layout.data_start >= ALIGN
-    assert data[: layout.data_start] == pack_header(layout)
+    assert data[: layout.data_start] == layout.header
     end, blocks = layout.data_start, 0
     for k, piece in enumerate(layout.pieces):
         assert int(layout.offset[k]) == end and int(layout.block[k]) == blocks
@@ -153,13 +153,13 @@ def test_header_room_does_not_depend_on_stored_lengths() -> None:
     for stored in (1, 4000, 5000):
         after = layout_pack(pieces, [stored] * 100)
         assert after.data_start == before.data_start
-        assert len(pack_header(after)) == before.data_start
+        assert len(after.header) == before.data_start
 
 
 def test_a_codec_that_expands_without_bound_is_refused() -> None:
     pieces = [Piece(TensorSpec(f"w{i}", "uint8", (1,)), whole((1,)), CODECS[0]) for i in range(2000)]
     with pytest.raises(FormatError, match="expanded"):
-        pack_header(layout_pack(pieces, [10**12] * 2000))
+        _ = layout_pack(pieces, [10**12] * 2000).header
 
 
 def test_two_names_that_read_the_same_are_refused() -> None:

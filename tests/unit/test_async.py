@@ -263,6 +263,40 @@ def test_two_optimizers_a_closure_and_a_skipped_step(tmp_path: Path) -> None:
         assert same([p.detach() for p in (*x.parameters(), *y.parameters())], before)
 
 
+def test_what_is_copied_is_written_while_the_rest_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no byte before it is: the slot still holds another step's."""
+    monkeypatch.setenv("CKPT_BUFFER_MIB", "1")
+    job = Job(width=900)
+    ckpt.async_save(job.state, tmp_path / "run").result(WAIT)
+    job.train()
+    before = job.content()
+    written, two = [], threading.Event()
+    make = LocalBackend.new
+
+    def new(backend: LocalBackend, path: str, size: int) -> Any:
+        upload = make(backend, path, size)
+        real = upload.write
+
+        def told(offset: int, data: memoryview) -> None:
+            real(offset, data)
+            written.append(offset)
+            if len(written) == 2:
+                two.set()
+
+        upload.write = told
+        return upload
+
+    monkeypatch.setattr(LocalBackend, "new", new)
+    held = Held(monkeypatch, at=5)
+    handle = ckpt.async_save(job.state, tmp_path / "run", step=1)
+    assert held.reached.wait(WAIT) and two.wait(WAIT)
+    assert not handle.staged() and max(written) < 5 << 20 and 0 not in written
+    held.go.set()
+    handle.result(WAIT)
+    assert len(written) > 5 and 0 in written[-2:]  # its writers are two
+    assert same(stored(tmp_path / "run", step=1, width=900), before)
+
+
 def test_codecs_apply_on_the_way_to_storage(tmp_path: Path) -> None:
     job = Job()
     before = job.content()

@@ -16,7 +16,7 @@ from ckpt.format.codec import _BYTES_TO_BYTES, BLOCK, crc32c
 from ckpt.format.dtypes import DTYPES
 from ckpt.format.fragment import Box, whole
 from ckpt.format.layout import Layout
-from ckpt.format.pack import MAX_HEADER, Piece, TensorSpec, layout_pack, pack_header
+from ckpt.format.pack import MAX_HEADER, Piece, TensorSpec, layout_pack
 
 SPEC = (Path(ckpt.format.__file__).parent / "SPEC.md").read_text(encoding="utf-8")
 
@@ -49,7 +49,7 @@ def test_sealed_examples_are_sealed(kind: str) -> None:
 def test_the_pack_example_is_what_is_written() -> None:
     w, b = TensorSpec("model.w", "float32", (4, 6)), TensorSpec("model.b", "bfloat16", (5,))
     layout = layout_pack([Piece(b, whole((5,))), Piece(w, Box((0, 0), (2, 6)))])
-    header = pack_header(layout)
+    header = layout.header
     assert header[8:].decode().rstrip(" ") == examples("5.1 Example")[0]
     assert (int.from_bytes(header[:8], "little"), layout.data_start, layout.offset.tolist()) == (
         4088,

@@ -17,7 +17,7 @@ from ckpt.errors import CapacityError, IntegrityError
 from ckpt.format.codec import BLOCK, crc32c
 from ckpt.format.fragment import Box
 from ckpt.format.pack import Piece as Fragment
-from ckpt.format.pack import TensorSpec, layout_pack, pack_header
+from ckpt.format.pack import TensorSpec, layout_pack
 from ckpt.keeper.areas import Areas
 from ckpt.keeper.groups import Host, place
 from ckpt.keeper.holding import Held, Memory, Part
@@ -49,7 +49,7 @@ class Here:
         laid = layout_pack([Fragment(spec, Box((0,), (SIZE,)), None)])
         self.slot = Slot(laid.size)
         data = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
-        header = pack_header(laid)
+        header = laid.header
         table = np.array([crc32c(data[i : i + BLOCK]) for i in range(0, SIZE, BLOCK)], dtype="<u4").view(np.uint8)
         self.at = int(laid.offset[0])
         self.slot.buffer[: len(header)] = np.frombuffer(header, dtype=np.uint8)
