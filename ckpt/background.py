@@ -24,7 +24,7 @@ from ckpt.errors import CkptError, DeadlineError
 from ckpt.format.codec import Codec, choose_codec
 from ckpt.saving import Agreed, Planner, Request, SaveReport, Work, agree, commit, prepare, ring, sources_of
 from ckpt.snapshot.arena import Slot
-from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.copier import Snapshot, give_way
 from ckpt.snapshot.fence import fence_here, owned_storages
 from ckpt.state import walk
 from ckpt.write import PackReport, Source, Stored, encode_report, write_buffer, write_pack
@@ -86,7 +86,9 @@ class SaveHandle:
 class _Process:
     """What a process keeps for its background saves. A fork has none of its parent's threads, and makes its own."""
 
-    copying: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ckpt-copy"))
+    copying: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "ckpt-copy", initializer=give_way)
+    )
     saving: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ckpt-save"))
     slot: Slot | None = None
     last: SaveHandle | None = None

@@ -29,7 +29,7 @@ from ckpt.roll import Called
 from ckpt.saving import content_digest
 from ckpt.schedule import Schedule
 from ckpt.slots import drop, missing, refuse, reserve
-from ckpt.snapshot.copier import Snapshot
+from ckpt.snapshot.copier import Snapshot, give_way
 from ckpt.snapshot.device import begin_copies
 from ckpt.snapshot.fence import fence_here
 from ckpt.state import Leaves
@@ -66,7 +66,7 @@ class Keeping:
         self._config = settings()  # of this life
         self._reserving = Future[None]()
         self._reserving.set_result(None)
-        self._copying = ThreadPoolExecutor(1, "ckpt-copy")
+        self._copying = ThreadPoolExecutor(1, "ckpt-copy", initializer=give_way)
         self._planning = ThreadPoolExecutor(1, "ckpt-plan")
         self._storing = Storing()
         self.member = Member(run, group.rank, self._heard, self._lost, tail)

@@ -126,6 +126,20 @@ def test_what_was_there_is_saved_and_training_goes_on(tmp_path: Path) -> None:
         assert c.verify().ok and c.metrics == {"loss": 1.0}
 
 
+def test_copies_give_way_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else of the process does."""
+    seen = set()
+
+    def look(_: int) -> None:
+        seen.add((os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+
+    monkeypatch.setattr(background, "pace", lambda _: look)
+    before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    ckpt.async_save(Job().state, tmp_path / "run").result(WAIT)
+    assert seen == {(os.SCHED_BATCH, min(19, before[1] + 5))}
+    assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == before
+
+
 def test_what_has_no_fence_is_copied_before_it_returns(tmp_path: Path, held: Held) -> None:
     """Buffers, values, generators and tensors that no optimizer of the state owns may change at once."""
     job, loose = Job(), torch.arange(70_000.0)
