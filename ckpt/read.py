@@ -29,7 +29,7 @@ from ckpt.stored import Pack, ReadStats, StoredFragment
 __all__ = ["Segment", "Target", "plan_reads", "read_targets"]
 
 Bytes = npt.NDArray[np.uint8]
-_JOB = 1 << 20  # bytes of one read: few enough to be checked while still in the core's own cache
+_JOB = 2 << 20  # bytes of one read: few enough to be checked while still in a cache, and no more calls than needed
 _PAST = (4 << 20) - BLOCK  # where it is one from the disk; with what is before it in its page it fits two huge pages
 _RANGE = 8 << 20  # where it is a request over a network
 _GAP = 64 << 10  # a smaller hole between two ranges is read rather than skipped
