@@ -33,7 +33,8 @@ from ckpt.keeper.averaged import with_averages
 from ckpt.keeper.averaging import Base, cut_of, fold_pack
 from ckpt.keeper.holding import pieces_of
 from ckpt.keeper.view import keepers_here
-from ckpt.merge.average import ACCUMULATORS, Progress
+from ckpt.merge.average import Progress
+from ckpt.merge.fold import ACCUMULATORS
 from ckpt.merge.native import kernels
 from ckpt.plan import SHARD, Claim, Claims, merge
 from ckpt.snapshot.arena import Slot

@@ -29,7 +29,8 @@ from ckpt.errors import UsageError
 from ckpt.fill import Fill, fill
 from ckpt.format.manifest import Manifest
 from ckpt.keeper.averaged import decode_progress
-from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
+from ckpt.merge.average import AVERAGES, NOTES, Progress
+from ckpt.merge.fold import ACCUMULATORS
 from ckpt.objects import decode_object
 from ckpt.optim import Owners
 from ckpt.shards import Held, Shard, dtype_name, hold, is_wrapped

@@ -29,7 +29,8 @@ from ckpt.keeper.averaged import (
     with_averages,
 )
 from ckpt.keeper.member import Member
-from ckpt.merge.average import AVERAGES, BLOCK_NUMBERS, Folds, Mark, Progress, Rule
+from ckpt.merge.average import AVERAGES, Mark, Progress, Rule
+from ckpt.merge.fold import BLOCK_NUMBERS, Folds
 from ckpt.plan import Plan
 from ckpt.read import Target, read_targets
 from ckpt.saving import Work

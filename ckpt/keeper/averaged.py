@@ -23,7 +23,8 @@ import numpy as np
 from ckpt.errors import FormatError
 from ckpt.format.pack import ALIGN, Piece, TensorSpec
 from ckpt.keeper.protocol import Frame
-from ckpt.merge.average import ACCUMULATORS, AVERAGES, NOTES, Progress
+from ckpt.merge.average import AVERAGES, NOTES, Progress
+from ckpt.merge.fold import ACCUMULATORS
 from ckpt.plan import Plan
 
 __all__ = [

@@ -29,7 +29,8 @@ from ckpt.format.pack import PackLayout, Piece, layout_pack
 from ckpt.keeper.averaged import decode_progress, encode_progress, pack_start
 from ckpt.keeper.holding import Memory, pieces_of
 from ckpt.keeper.protocol import Frame, frame
-from ckpt.merge.average import AVERAGES, NOTES, Folds, NotFinite, Progress, advance, norm
+from ckpt.merge.average import AVERAGES, NOTES, Progress, advance
+from ckpt.merge.fold import Folds, NotFinite, norm
 from ckpt.merge.native import address
 from ckpt.plan import Plan
 from ckpt.write import PackReport, decode_report, encode_report, pack_report

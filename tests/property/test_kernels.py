@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt.merge import arithmetic, average
+from ckpt.merge import arithmetic, fold
 from ckpt.merge.arithmetic import AVERAGED, Room, combine
-from ckpt.merge.average import ACCUMULATORS, Folds
+from ckpt.merge.fold import ACCUMULATORS, Folds
 from ckpt.merge.native import Kernels, load
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def both(compiled: Kernels, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callab
     def run(action: Callable[[], Any]) -> tuple[Any, Any]:
         out = []
         for known in (compiled, Kernels({}, {})):
-            monkeypatch.setattr(average, "kernels", lambda known=known: known)
+            monkeypatch.setattr(fold, "kernels", lambda known=known: known)
             monkeypatch.setattr(arithmetic, "kernels", lambda known=known: known)
             try:
                 out.append(action())

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from ckpt.errors import UsageError
 from ckpt.merge import weights
-from ckpt.merge.average import EMA, MWA, Folds, NotFinite, Power, PowerEMA, Progress, advance
+from ckpt.merge.average import EMA, MWA, Power, PowerEMA, Progress, advance
+from ckpt.merge.fold import Folds, NotFinite
 
 STEPS = st.lists(st.integers(0, 5000), min_size=2, max_size=20, unique=True).map(sorted)
 

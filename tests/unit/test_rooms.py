@@ -40,6 +40,7 @@ RULES = {
     "read.py": ("torch", "ckpt.collective", "ckpt.plan", "ckpt.state"),
     "commit.py": ("torch", "ckpt.collective"),
     "merge/weights.py": ("torch", "ckpt.backends", "ckpt.format", "ckpt.catalog"),
+    "merge/fold.py": ("torch", "ckpt.backends", "ckpt.format", "ckpt.catalog"),
     "merge/arithmetic.py": ("torch", "ckpt.backends", "ckpt.format", "ckpt.catalog"),
     "merge/evolve.py": ("torch", "ckpt.backends", "ckpt.format", "ckpt.catalog"),
     "merge/rules.py": ("torch", "ckpt.backends", "ckpt.catalog.list_run"),
