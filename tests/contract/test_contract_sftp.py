@@ -1,4 +1,4 @@
-"""sftp://, through fsspec's own implementation and a server on the loopback; where paramiko is not installed, not at all."""
+"""sftp://, through fsspec's own implementation and a server on the loopback."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sftpd
 import torch
 from backend_contract import BackendContract
 
 import ckpt
 from ckpt.backends import Backend, backend_for
 from ckpt.errors import StorageError
-
-pytest.importorskip("paramiko", reason="sftp:// needs paramiko, which ckpt does not; pip install paramiko to test it")
-sftpd = pytest.importorskip("sftpd")
 
 
 @pytest.fixture(scope="module")
