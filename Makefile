@@ -5,7 +5,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test lint types check bench docs clean setup s3-server
+.PHONY: demo test lint types check bench nightly docs clean setup s3-server
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ check: setup
 s3-server:
 	command -v radosgw && command -v ceph-mon && command -v ceph-osd || { $(AS_ROOT) apt-get update -qq && \
 	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ceph-mon ceph-osd radosgw; }
+
+# More random schedules of protection and recovery than the tests can afford, others each day; SECONDS says how many.
+nightly: setup
+	$(PY) -m tests.nightly --seconds $(or $(SECONDS),3600)
 
 bench: setup
 	$(PY) -m benchmarks
