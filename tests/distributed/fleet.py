@@ -168,8 +168,10 @@ class Fleet:
         old = self.trainers[host]
         os.kill(old.pid, signal.SIGKILL)
         until(lambda: old.link.lost is not None, "the trainer has noticed")
+        name = keeper_name(self.run, "", host)
+        until(lambda: not listens(name), "the name is free")  # its line may be cut before its listener is closed
         with environment({**self.env, "CKPT_HOST": host}), old.lock:
-            old.link = Link(keeper_name(self.run, "", host), self._heard([old]), lambda _: None)
+            old.link = Link(name, self._heard([old]), lambda _: None)
             self.pids.add(old.link.keeper_pid)
             numbers = sorted(old.slots)
             fds = [old.slots[n].fd for n in numbers]
@@ -386,6 +388,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+def listens(name: str) -> bool:
+    """Whether a keeper of that name can be reached."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        return sock.connect_ex(f"\0{name}") == 0
 
 
 class environment:

@@ -307,7 +307,7 @@ def test_what_is_copied_is_written_while_the_rest_is_copied(tmp_path: Path, monk
     assert not handle.staged() and max(written) < 5 << 20 and 0 not in written
     held.go.set()
     handle.result(WAIT)
-    assert len(written) > 5 and 0 in written[-2:]  # its writers are two
+    assert len(written) > 5 and 0 in written
     assert same(stored(tmp_path / "run", step=1, width=900), before)
 
 
