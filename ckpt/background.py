@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -254,7 +254,10 @@ def _finish(
             if isinstance(taken, Exception):
                 raise taken
             if taken is not None:
-                report = _persist(agreed, taken, codecs, group)
+                try:
+                    report = _persist(agreed, taken, codecs, group)
+                finally:
+                    wait([taken.sealed])  # the slot is the next save's only when nobody copies into it any more
             payload = encode_report(report)
         except Exception as e:
             payload = e

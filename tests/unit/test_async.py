@@ -311,6 +311,27 @@ def test_what_is_copied_is_written_while_the_rest_is_copied(tmp_path: Path, monk
     assert same(stored(tmp_path / "run", step=1, width=900), before)
 
 
+def test_a_failed_save_keeps_the_slot_until_its_copy_has_ended(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next save would share it with a copy of this one, or take it away from under it."""
+    failed = threading.Event()
+
+    def new(*_: object) -> None:
+        failed.set()
+        raise ckpt.StorageError("the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalBackend, "new", new)
+        handle = ckpt.async_save(Job().state, tmp_path / "run")
+        assert held.reached.wait(WAIT) and failed.wait(WAIT)
+        assert not handle.done(0.5)
+        held.go.set()
+        with pytest.raises(ckpt.StorageError, match="gone"):
+            handle.result(WAIT)
+    assert ckpt.async_save(Job(width=400).state, tmp_path / "run", step=1).committed(WAIT)
+
+
 def test_codecs_apply_on_the_way_to_storage(tmp_path: Path) -> None:
     job = Job()
     before = job.content()
